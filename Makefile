@@ -1,0 +1,60 @@
+# Every target works on a fresh clone: it makes .venv and installs what it needs first. A second call installs nothing.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-real lint format bench clean
+
+# The best Python that really starts and can make environments (a version manager's shim may exist and do neither).
+PYTHON ?= $(shell for candidate in python3.12 python3.13 python3.11 python3; do \
+	"$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo "$$candidate"; break; }; done)
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
+SMOLLM2 := .cache/smollm2/model.safetensors
+
+help:
+	@echo "make quickstart   train the built-in example on this machine's CPU, from nothing to an exported model"
+	@echo "make test         format, lint, types, tests"
+	@echo "make test-real    a real pretrained model on real data (needs R1JAX_TEST_ASSETS)"
+	@echo "make lint | format | bench | clean"
+
+.venv/pyvenv.cfg:
+	@test -n "$(PYTHON)" || { echo "PYTHON: need Python 3.11 or newer with venv, found none; call make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@echo "environment: $$($(PYTHON) --version) in .venv"
+	@$(PYTHON) -m venv .venv
+
+.venv/.core: .venv/pyvenv.cfg pyproject.toml
+	@echo "installing the core (some minutes the first time)"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/.test: .venv/.core
+	@echo "installing what the tests and the linters need (some minutes the first time)"
+	@$(PIP) --editable '.[test,dev]'
+	@touch $@
+
+quickstart: .venv/.core
+	.venv/bin/python -m r1jax.quickstart
+
+lint: .venv/.test
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+format: .venv/.test
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+test: lint
+	.venv/bin/python -m pytest -n 2
+
+$(SMOLLM2): | .venv/.test
+	@test -n "$(R1JAX_TEST_ASSETS)" || { echo "R1JAX_TEST_ASSETS: need the folder with tools/make_smollm2.py and data/, got nothing; set it" >&2; exit 2; }
+	.venv/bin/python "$(R1JAX_TEST_ASSETS)/tools/make_smollm2.py" $(@D)
+
+test-real: .venv/.test $(SMOLLM2)
+	.venv/bin/python -m pytest -m real tests
+
+bench: .venv/.test
+	.venv/bin/python -m bench.sft --resume
+
+clean:
+	rm -rf .venv .cache .jax_cache .pytest_cache .ruff_cache build dist

@@ -1,0 +1,192 @@
+"""A model leaves as a Hugging Face directory: config, weights, tokenizer, generation config, model card.
+
+Weights go out tensor by tensor: each is gathered from its shards, cast on the devices, and written with the others of
+its file; the model is whole on no device and no host. All files are complete on disk before the first one is replaced.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, PyTree
+from safetensors.numpy import save_file
+
+from r1jax.checkpoints.generation import generation_config as with_stop_ids
+from r1jax.checkpoints.hf import config_dtype, hf_tensors, leaf_at, with_dtype
+from r1jax.checkpoints.model_card import Card, card_text
+from r1jax.checkpoints.tensor_files import INDEX_FILE, SINGLE_FILE
+from r1jax.config.errors import need, shown
+from r1jax.models.config import DecoderConfig
+from r1jax.models.families import tensor_names
+
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+# Within the directory, so that moving a file out of it is one rename on one file system.
+_STAGING = ".export-incomplete"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+class _Tensor(NamedTuple):
+    """One tensor to be written and where it comes from."""
+
+    name: str
+    leaf: jax.Array
+    layer: int | None
+    transpose: bool
+    num_bytes: int
+
+
+def export(
+    directory: Path,
+    params: PyTree[Float[Array, "..."]],
+    *,
+    config: DecoderConfig,
+    hf_config: dict[str, Any],
+    tokenizer: Any | None = None,
+    generation_config: dict[str, Any] | None = None,
+    dtype: str | None = None,
+    card: Card | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> str:
+    """The dtype written; the directory then holds a model that transformers loads, beside whatever else it held.
+
+    `hf_config` keeps all its keys but the dtype; `generation_config` is the source's, completed here with the stop ids
+    ({}: the source had none; None without a tokenizer: no such file). `dtype` None or "auto" is the one in hf_config.
+    Every process of a run must call it; process 0 writes, the others return when it is done. An earlier export stays
+    loadable until the new one is complete; config.json goes last, so a folder whose files are being moved is no model.
+    """
+    dtype = export_dtype(dtype, hf_config)
+    shards = _plan(params, config, np.dtype(dtype), max_shard_bytes)
+    writes = jax.process_index() == 0
+    staging = directory / _STAGING
+    if writes:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        _write_text(staging / "config.json", _json(with_dtype(hf_config, dtype)))
+        _write_text(staging / "README.md", card_text(card or {}))
+        if generation_config is not None or tokenizer is not None:
+            settings = with_stop_ids(generation_config or {}, hf_config, tokenizer)
+            _write_text(staging / "generation_config.json", _json(settings))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+    _write_weights(staging, shards, dtype, writes)
+    if writes:
+        _sync_files(staging)
+        _replace(directory, staging)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("r1jax-export")
+    return dtype
+
+
+def export_dtype(dtype: str | None, hf_config: dict[str, Any]) -> str:
+    """The dtype that an export asked for as `dtype` (None and "auto": the source's) has."""
+    chosen = dtype if dtype not in (None, "auto") else config_dtype(hf_config) or "float32"
+    if chosen not in EXPORT_DTYPES:
+        raise need("torch_dtype", f"one of auto, {', '.join(EXPORT_DTYPES)}", shown(chosen), "choose one of these")
+    return chosen
+
+
+def _plan(params: PyTree, config: DecoderConfig, dtype: np.dtype, max_shard_bytes: int) -> list[list[_Tensor]]:
+    """The tensors of each file, in the model's order, a file holding at most so many bytes (or one tensor)."""
+    shards: list[list[_Tensor]] = [[]]
+    room = max_shard_bytes
+    for tensor in _tensors(params, config, dtype):
+        if tensor.num_bytes > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.num_bytes
+    return shards
+
+
+def _tensors(params: PyTree, config: DecoderConfig, dtype: np.dtype) -> Iterator[_Tensor]:
+    for name in tensor_names(config):
+        leaf = leaf_at(params, name.path)
+        for tensor, layer, shape in hf_tensors(name, leaf.shape):
+            num_bytes = int(np.prod(shape)) * dtype.itemsize
+            yield _Tensor(tensor, leaf, layer, name.transpose, num_bytes)
+
+
+def _write_weights(staging: Path, shards: list[list[_Tensor]], dtype: str, writes: bool) -> None:
+    """Gathers in every process; writes in one."""
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        gathered: dict[str, np.ndarray] = {}
+        for tensor in shard:
+            whole = _gather(tensor, dtype)
+            if writes:
+                gathered[tensor.name] = np.ascontiguousarray(whole)
+            weight_map[tensor.name] = file
+        if writes:
+            # transformers reads a file only when it says which framework's layout it has.
+            save_file(gathered, staging / file, metadata={"format": "pt"})
+            # safetensors makes its files readable by their owner alone; the user's umask decides here as elsewhere.
+            (staging / file).chmod(stat.S_IMODE((staging / "config.json").stat().st_mode))
+    if writes and len(shards) > 1:
+        total = sum(tensor.num_bytes for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_text(staging / INDEX_FILE, _json(index))
+
+
+def _gather(tensor: _Tensor, dtype: str) -> jax.Array:
+    """The tensor, whole on each device: one tensor at a time, already in the smaller dtype."""
+    sharding = tensor.leaf.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    pick = _picker(sharding, tensor.layer is not None, tensor.transpose, dtype)
+    return pick(tensor.leaf, np.int32(tensor.layer or 0))
+
+
+@functools.cache
+def _picker(
+    sharding: jax.sharding.Sharding, stacked: bool, transpose: bool, dtype: str
+) -> Callable[[jax.Array, np.int32], jax.Array]:
+    def pick(leaf: jax.Array, layer: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
+        return (own.T if transpose else own).astype(dtype)
+
+    return jax.jit(pick, out_shardings=sharding)
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync_files(folder: Path) -> None:
+    """Returns when the folder and its files are on disk and not only in the cache: a rename could overtake them."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _replace(directory: Path, staging: Path) -> None:
+    """Moves the staged files in, removes weights of an earlier export that the new one has not, config.json last."""
+    new = {path.name for path in staging.iterdir()}
+    (directory / "config.json").unlink(missing_ok=True)
+    for name in sorted(new - {"config.json"}):
+        # A rename replaces a file, not a folder (a tokenizer with several chat templates has one).
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
+        os.replace(staging / name, directory / name)
+    for path in list(directory.iterdir()):
+        if _WEIGHTS.fullmatch(path.name) and path.name not in new:
+            path.unlink()
+    os.replace(staging / "config.json", directory / "config.json")
+    staging.rmdir()
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

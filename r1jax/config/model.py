@@ -1,0 +1,53 @@
+"""The policy: which weights and tokenizer, in which number formats, and what is recomputed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from r1jax.config.errors import at_least, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    model_name_or_path: str
+    """Local HF model folder or hub id."""
+
+    model_revision: str = "main"
+    """Branch, tag or commit of a hub id; not read for a local folder."""
+
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Number format of the exported model; null or auto: that of the source; bfloat16 also computes in bfloat16."""
+
+    bf16: bool = False
+    """Compute in bfloat16; master weights and logits stay float32."""
+
+    fp16: bool = False
+    """Refused when true: float16 needs loss scaling, which r1jax does not have."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass (remat_policy says which) instead of keeping them."""
+
+    remat_policy: Literal["full", "attention", "dots"] = "full"
+    """What is recomputed with gradient_checkpointing: whole layers, attention only, or all but matrix products."""
+
+    chat_template: str | None = None
+    """Jinja text that replaces the tokenizer's chat template; null keeps the tokenizer's own."""
+
+    eos_token: str | None = None
+    """Token text that ends a turn, trained and exported as EOS; null keeps the tokenizer's own."""
+
+    loss_chunk_size: int | None = None
+    """Tokens whose logits exist at one time in the vocabulary loss; null lets r1jax choose."""
+
+    random_init: bool = False
+    """Fresh weights from the model's config.json instead of its saved ones."""
+
+    def __post_init__(self) -> None:
+        name = self.model_name_or_path
+        require(bool(name.strip()), "model_name_or_path", "a local folder or a hub id", name, "name a model")
+        require(not self.fp16, "fp16", "false", self.fp16, "use bf16")
+        at_least("loss_chunk_size", self.loss_chunk_size, 1, "remove the key to let r1jax choose")
+
+    @property
+    def compute_dtype(self) -> Literal["float32", "bfloat16"]:
+        """The number format of activations and matrix products."""
+        return "bfloat16" if self.bf16 or self.torch_dtype == "bfloat16" else "float32"

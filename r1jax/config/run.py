@@ -1,0 +1,40 @@
+"""What kind of run this is, where it writes and how it starts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from r1jax.config.errors import require
+
+LogLevel = Literal["passive", "detail", "debug", "info", "warning", "error", "critical"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    task: Literal["sft", "grpo"] = "sft"
+    """What is trained; not given: grpo when a key that only GRPO has is set, else sft."""
+
+    output_dir: str = "trainer_output"
+    """Folder for the resolved config, metrics, checkpoints and the exported model."""
+
+    overwrite_output_dir: bool = False
+    """Write into an output_dir that holds other files; checkpoints in it are resumed either way."""
+
+    resume_from_checkpoint: bool | str | None = None
+    """null: last checkpoint in output_dir if any; true: there must be one; false: start afresh; text: that folder."""
+
+    seed: int = 42
+    """Seed of data order, fresh weights and sampling; 0 <= x < 2**32."""
+
+    deterministic: bool = False
+    """Bit-identical reruns on GPU, at the cost of slower kernels."""
+
+    log_level: LogLevel = "passive"
+    """Least severe message that is shown; passive means info."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", "0 <= x < 2**32", self.seed, "choose a number in that range")
+        require(bool(self.output_dir.strip()), "output_dir", "a folder name", self.output_dir, "name a folder")
+        if isinstance(self.resume_from_checkpoint, str):
+            named = bool(self.resume_from_checkpoint.strip())
+            advice = "name a checkpoint folder, or remove the key to resume by itself"
+            require(named, "resume_from_checkpoint", "true, false or a folder", self.resume_from_checkpoint, advice)

@@ -1,0 +1,176 @@
+"""RunConfig, the whole of what a run is asked to do, and the flat table of its keys.
+
+The groups are for the code that reads them; users see one flat namespace, so no key is declared twice.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from r1jax.config.batch import BatchConfig
+from r1jax.config.checkpoint import CheckpointConfig
+from r1jax.config.data import DataConfig
+from r1jax.config.errors import need, require, shown
+from r1jax.config.evaluation import EvaluationConfig
+from r1jax.config.geometry import check_generation_batch
+from r1jax.config.grpo import GrpoConfig
+from r1jax.config.mesh import MeshConfig
+from r1jax.config.model import ModelConfig
+from r1jax.config.optimizer import OptimizerConfig
+from r1jax.config.rewards import CodeRewardsConfig, RewardsConfig
+from r1jax.config.run import RunSettings
+from r1jax.config.sampling import SamplingConfig
+from r1jax.config.tracking import CompletionLogConfig, LoggingConfig
+from r1jax.config.vllm import VllmConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    run: RunSettings = field(default_factory=RunSettings)
+    """Task, folders, seed."""
+
+    model: ModelConfig
+    """Weights, tokenizer, number formats."""
+
+    data: DataConfig
+    """Rows and how they fill sequences."""
+
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """Sequences in a step, steps in the run."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and the schedule."""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices and what is sharded over them."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """When held-out rows are evaluated."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the run is saved."""
+
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics and trackers."""
+
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    """GRPO: the objective."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """GRPO: how completions are sampled."""
+
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """GRPO: the vLLM server."""
+
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """GRPO: rewards and their numbers."""
+
+    code_rewards: CodeRewardsConfig = field(default_factory=CodeRewardsConfig)
+    """GRPO: rewards that run code."""
+
+    completions: CompletionLogConfig = field(default_factory=CompletionLogConfig)
+    """GRPO: which completions are shown."""
+
+    def __post_init__(self) -> None:
+        self._check_evaluation()
+        if self.run.task == "grpo":
+            check_generation_batch(self.batch, self.sampling, self.mesh.data_shards)
+
+    def _check_evaluation(self) -> None:
+        if not (self.evaluation.do_eval or self.evaluation.eval_strategy != "no"):
+            return
+        if self.data.dataset_name is None and self.data.dataset_test_file is None:
+            raise need(
+                "dataset_test_file",
+                "a file of held-out rows when do_eval or eval_strategy asks for evaluation",
+                "null",
+                "name one, or set eval_strategy: 'no' and do_eval: false",
+            )
+        # a row of the packing plan has max_length tokens
+        bounded = not self.evaluation.eval_packing or self.data.max_length is not None
+        require(bounded, "max_length", "a number when eval_packing is true", self.data.max_length, "set max_length")
+
+
+GRPO_GROUPS = ("grpo", "sampling", "vllm", "rewards", "code_rewards", "completions")
+
+# Keys that only the sft task reads; everything outside them and GRPO_GROUPS is read by both.
+SFT_ONLY = frozenset(
+    {
+        "dataset_completion_column",
+        "dataset_text_field",
+        "max_length",
+        "packing",
+        "packing_strategy",
+        "completion_only_loss",
+        "eval_packing",
+    }
+)
+
+# Where the two trainers' defaults differ in TRL; the dataclass has the sft one.
+GRPO_DEFAULTS: Mapping[str, object] = {"learning_rate": 1e-6}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One configuration key: the group that holds it, its type, and its default (MISSING when required)."""
+
+    name: str
+    group: str
+    hint: Any
+    declared: Field[Any]
+
+    @property
+    def task(self) -> str | None:
+        """The only task that reads the key, or None when both do."""
+        if self.group in GRPO_GROUPS:
+            return "grpo"
+        return "sft" if self.name in SFT_ONLY else None
+
+    def default(self, task: str) -> Any:
+        """The key's default for a task, MISSING when it has to be given."""
+        if task == "grpo" and self.name in GRPO_DEFAULTS:
+            return GRPO_DEFAULTS[self.name]
+        if self.declared.default_factory is not MISSING:
+            return self.declared.default_factory()
+        return self.declared.default
+
+
+@functools.cache
+def groups() -> Mapping[str, type]:
+    """The group classes by RunConfig's attribute names, in order."""
+    return get_type_hints(RunConfig)
+
+
+@functools.cache
+def keys() -> Mapping[str, Key]:
+    """Every configuration key by name, group after group."""
+    table: dict[str, Key] = {}
+    for group, cls in groups().items():
+        hints = get_type_hints(cls)
+        for declared in fields(cls):
+            assert declared.name not in table, f"{declared.name} is declared twice"
+            table[declared.name] = Key(name=declared.name, group=group, hint=hints[declared.name], declared=declared)
+    return table
+
+
+def values(config: RunConfig) -> dict[str, Any]:
+    """The values of all keys that the config's task reads, in the order of keys()."""
+    task = config.run.task
+    return {
+        key.name: getattr(getattr(config, key.group), key.name) for key in keys().values() if key.task in (None, task)
+    }
+
+
+def build(chosen: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig of converted values by key; keys left out have their declared defaults."""
+    parts: dict[str, Any] = {}
+    for group, cls in groups().items():
+        names = [key.name for key in keys().values() if key.group == group]
+        parts[group] = cls(**{name: chosen[name] for name in names if name in chosen})
+    return RunConfig(**parts)
+
+
+def missing(name: str) -> Exception:
+    """The UserError for a required key that nobody gave."""
+    return need(name, "a value", shown(None), "add it to the config file or the command line")

@@ -1,0 +1,64 @@
+"""Which numbers and texts a run reports, how often and to whom (metrics.jsonl is always written)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from r1jax.config.errors import at_least, require
+from r1jax.config.intervals import check_interval
+
+Tracker = Literal["tensorboard", "wandb"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    logging_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """When metrics are logged."""
+
+    logging_steps: int | float = 500
+    """Steps between logged metrics, or a fraction of the run."""
+
+    logging_first_step: bool = False
+    """Also log the first step."""
+
+    report_to: tuple[Literal["tensorboard", "wandb", "all", "none"], ...] = ("tensorboard",)
+    """Trackers besides metrics.jsonl; all means both, none means none."""
+
+    run_name: str | None = None
+    """Name of the run in trackers; null means output_dir."""
+
+    wandb_entity: str | None = None
+    """W&B user or team; null means W&B's own setting."""
+
+    wandb_project: str | None = None
+    """W&B project; null means W&B's own setting."""
+
+    wandb_run_group: str | None = None
+    """W&B group of the run; null means none."""
+
+    def __post_init__(self) -> None:
+        check_interval("logging_steps", self.logging_steps)
+        alone = len(self.report_to) == 1 or not {"all", "none"} & set(self.report_to)
+        require(alone, "report_to", "'all' or 'none' to stand alone", self.report_to, "keep it or the others")
+
+    @property
+    def trackers(self) -> tuple[Tracker, ...]:
+        """The trackers to open, `all` and `none` resolved, each once."""
+        if "all" in self.report_to:
+            return ("tensorboard", "wandb")
+        known: tuple[Tracker, ...] = ("tensorboard", "wandb")
+        return tuple(name for name in known if name in self.report_to)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionLogConfig:
+    log_completions: bool = False
+    """Show a table of prompts, completions and rewards at each logged step."""
+
+    num_completions_to_print: int = 0
+    """Rows of that table; 0 means all."""
+
+    wandb_log_unique_prompts: bool = True
+    """Send each prompt once a step to W&B instead of once a completion."""
+
+    def __post_init__(self) -> None:
+        at_least("num_completions_to_print", self.num_completions_to_print, 0, "0 means all")

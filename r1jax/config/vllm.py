@@ -1,0 +1,45 @@
+"""Where the vLLM server is; read only with rollout_engine vllm."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from r1jax.config.errors import at_least, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    use_vllm: bool = False
+    """open-r1's switch: true means rollout_engine vllm unless rollout_engine is given."""
+
+    vllm_mode: Literal["server", "colocate"] = "server"
+    """A server of its own, or one that shares the trainer's devices."""
+
+    vllm_server_base_url: str | None = None
+    """Address of the server such as http://host:8000; null: made of host and port."""
+
+    vllm_server_host: str = "0.0.0.0"
+    """Host of the server."""
+
+    vllm_server_port: int = 8000
+    """Port of the server."""
+
+    vllm_server_timeout: float = 240.0
+    """Seconds to wait for the server to come up."""
+
+    vllm_gpu_memory_utilization: float = 0.3
+    """Part of the device's memory that a colocated server may take; 0 < x <= 1."""
+
+    vllm_tensor_parallel_size: int = 1
+    """Devices over which a colocated server splits the model."""
+
+    vllm_guided_decoding_regex: str | None = None
+    """Regular expression that completions must match; null means free text."""
+
+    def __post_init__(self) -> None:
+        port = self.vllm_server_port
+        require(1 <= port <= 65535, "vllm_server_port", "1 <= x <= 65535", port, "8000 is the default")
+        timeout = self.vllm_server_timeout
+        require(timeout > 0, "vllm_server_timeout", "x > 0", timeout, "it is a number of seconds")
+        part = self.vllm_gpu_memory_utilization
+        require(0 < part <= 1, "vllm_gpu_memory_utilization", "0 < x <= 1", part, "it is a part of the memory")
+        at_least("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size, 1, "1 means one device")

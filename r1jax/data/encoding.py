@@ -1,0 +1,105 @@
+"""Tokens of rendered rows and the mask of those that are trained on.
+
+A row is tokenised once, as a whole. A token is trained on when its last character lies in a trained range of the
+text, so a token that straddles the start of the completion is trained on, and none that lies wholly in the prompt is.
+The last character, not any, because byte-level tokenizers may trim offsets: a run of spaces has an empty range then.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from r1jax.config.errors import need
+from r1jax.data.formats import Row, RowFormat
+from r1jax.data.templates import Rendered, RowError, check_tokenizer, render
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedRows:
+    """The rows of one chunk that have something to train on, laid end to end, and what happened to the others."""
+
+    tokens: np.ndarray
+    """int32 [sum of lengths]"""
+    loss_mask: np.ndarray
+    """bool [sum of lengths]: train on this token; never on a row's first."""
+    lengths: np.ndarray
+    """int32 [rows kept]"""
+    num_dropped: int
+    """Rows with no token to train on, after the cut to max_length."""
+    num_truncated: int
+    """Rows longer than max_length; their end, stop token included, is lost."""
+    num_unaligned: int
+    """Rows whose prompt, tokenised alone as at generation, is not how the row begins."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowEncoder:
+    """Turns rows into tokens and masks; holds nothing of a device, so it can travel to a worker process."""
+
+    tokenizer: PreTrainedTokenizerBase
+    row_format: RowFormat
+    max_length: int | None
+    """Tokens of a row that are kept, from its start; None keeps all."""
+
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer, self.row_format)
+
+    def encode(self, rows: Sequence[Row], first_index: int = 0) -> EncodedRows:
+        """Tokens and masks of a chunk of rows; `first_index` is the number of the first, for error messages."""
+        rendered = [self._render(row, first_index + i) for i, row in enumerate(rows)]
+        token_lists, ends = self._tokenise([r.text for r in rendered])
+        prompts = self._prompt_tokens(rendered)
+        kept_tokens, kept_masks, num_truncated, num_unaligned = [], [], 0, 0
+        for r, tokens, end, prompt in zip(rendered, token_lists, ends, prompts, strict=True):
+            num_truncated += self.max_length is not None and len(tokens) > self.max_length
+            num_unaligned += tokens[: len(prompt)] != prompt
+            mask = trained_tokens(end, r.trained)[: self.max_length]
+            if mask.any():
+                kept_tokens.append(np.asarray(tokens[: self.max_length], np.int32))
+                kept_masks.append(mask)
+        return EncodedRows(
+            tokens=np.concatenate(kept_tokens or [np.zeros(0, np.int32)]),
+            loss_mask=np.concatenate(kept_masks or [np.zeros(0, bool)]),
+            lengths=np.asarray([len(tokens) for tokens in kept_tokens], np.int32),
+            num_dropped=len(rows) - len(kept_tokens),
+            num_truncated=num_truncated,
+            num_unaligned=num_unaligned,
+        )
+
+    def _render(self, row: Row, index: int) -> Rendered:
+        try:
+            return render(row, self.row_format, self.tokenizer)
+        except RowError as error:
+            columns = " and ".join(self.row_format.columns)
+            raise need("dataset_name", f"{columns} that can be written out", f"row {index}", str(error)) from error
+
+    def _tokenise(self, texts: list[str]) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Token ids of each text, and for each token the index after its last character."""
+        encoded = self.tokenizer(
+            texts,
+            # A template writes the special tokens itself; a plain text gets what the tokenizer adds (a BOS, say).
+            add_special_tokens=not self.row_format.conversational,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # it warns of rows beyond the model's length, which are cut below
+        )
+        ends = [np.asarray([end for _, end in row], np.int64) for row in encoded["offset_mapping"]]
+        return encoded["input_ids"], ends
+
+    def _prompt_tokens(self, rendered: Sequence[Rendered]) -> list[list[int]]:
+        """The tokens that each row's prompt has when it stands alone; empty for a row without prompt."""
+        if any(r.prompt is None for r in rendered):
+            return [[] for _ in rendered]
+        return self._tokenise([r.prompt or "" for r in rendered])[0]
+
+
+def trained_tokens(ends: np.ndarray, trained: Sequence[tuple[int, int]]) -> np.ndarray:
+    """bool [T]: which tokens to train on, given the index after each token's last character; never the first token."""
+    mask = np.zeros(len(ends), bool)
+    for start, stop in trained:
+        mask |= (start < ends) & (ends <= stop)
+    mask[:1] = False
+    return mask

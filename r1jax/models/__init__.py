@@ -1,0 +1,1 @@
+"""The decoder and its families: pure functions over a parameter pytree; knows nothing of training."""

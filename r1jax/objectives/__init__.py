@@ -1,0 +1,1 @@
+"""What is minimised: losses over `PackedBatch` and the weights that make them sums."""

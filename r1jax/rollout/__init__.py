@@ -1,0 +1,1 @@
+"""Prompts go in, sampled completions with their log-probabilities come out."""

@@ -1,0 +1,63 @@
+"""The device mesh (axes data, fsdp, context, tensor) and the processes that share it."""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from r1jax.config.errors import need
+from r1jax.config.mesh import MeshConfig
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
+"""The rows of a batch are split over these."""
+
+
+def initialize_processes() -> None:
+    """Joins the other processes of the run, if the environment says that there are any.
+
+    Reads JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID; must come before any device is
+    asked for.
+    """
+    count = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
+    if count == 1 or jax.distributed.is_initialized():
+        return
+    missing = [name for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if name not in os.environ]
+    if missing:
+        raise need(missing[0], "to be set when JAX_NUM_PROCESSES is", "nothing", "start with launch/local.sh")
+    jax.distributed.initialize(
+        coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
+        num_processes=count,
+        process_id=int(os.environ["JAX_PROCESS_ID"]),
+        initialization_timeout=120,
+    )
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices of all processes (or those given); mesh_fsdp: -1 takes the devices left over.
+
+    Raises `UserError` when the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    others = config.mesh_data * config.mesh_context * config.mesh_tensor
+    fsdp = config.mesh_fsdp
+    if fsdp == -1:
+        if len(devices) % others:
+            rule = f"mesh_data x mesh_tensor to divide the {len(devices)} devices"
+            raise need("mesh_data", rule, others, "lower one of the two")
+        fsdp = len(devices) // others
+    if fsdp * others != len(devices):
+        rule = f"mesh_data x mesh_fsdp x mesh_tensor = {len(devices)} devices"
+        raise need("mesh_fsdp", rule, fsdp * others, "use mesh_fsdp: -1 for the devices left over")
+    shape = (config.mesh_data, fsdp, config.mesh_context, config.mesh_tensor)
+    # Auto axes: the compiler places what we do not pin. make_mesh's default, Explicit, puts shardings into types.
+    types = (AxisType.Auto,) * len(AXES)
+    if devices == jax.devices():
+        return jax.make_mesh(shape, AXES, axis_types=types)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+
+
+def data_shards(mesh: Mesh) -> int:
+    """How many ways the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,0 +1,48 @@
+"""metrics.jsonl: the record of a run that needs no viewer, one JSON object a logged step."""
+
+import json
+import math
+import numbers
+import os
+from pathlib import Path
+from typing import SupportsFloat
+
+from r1jax.trackers.tracker import Metrics
+
+
+class JsonLines:
+    """Appends to a file; a reader sees every row as soon as it is logged."""
+
+    def __init__(self, path: Path, start_step: int):
+        """start_step is that of the checkpoint the run goes on from: later rows are dropped, at 0 all of them."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        truncate(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        row = {"step": int(step)} | {name: _strict(value) for name, value in metrics.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def truncate(path: Path, start_step: int) -> None:
+    """Nothing; keeps the rows of steps <= start_step (none at 0), so that a resumed run writes the others again.
+
+    The file is replaced in one move. A last line that was cut off by a crash goes too.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if start_step > 0 else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _strict(value: SupportsFloat) -> float | int | None:
+    """The value as JSON can hold it: NaN and infinities have no spelling there and become null."""
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
+    return number if math.isfinite(number) else None

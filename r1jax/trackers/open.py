@@ -1,0 +1,44 @@
+"""Opens what `report_to` asks for, on the first process only."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from r1jax.config.schema import RunConfig
+from r1jax.trackers.jsonl import JsonLines
+from r1jax.trackers.tensorboard import TensorBoard
+from r1jax.trackers.tracker import Metrics, Tracker
+from r1jax.trackers.wandb import WeightsAndBiases
+
+
+@dataclasses.dataclass(frozen=True)
+class Trackers:
+    """Several trackers as one; without members it is the tracker of the other processes."""
+
+    members: tuple[Tracker, ...]
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Sends one step's numbers to each."""
+        for member in self.members:
+            member.log(step, metrics)
+
+    def close(self) -> None:
+        """Closes each."""
+        for member in self.members:
+            member.close()
+
+
+def open_trackers(config: RunConfig, output_dir: Path, start_step: int) -> Trackers:
+    """The trackers of this process, cut back to start_step (the step of the checkpoint that the run goes on from)."""
+    if jax.process_index() != 0:
+        return Trackers(())
+    members: list[Tracker] = []
+    # First, since only this one can refuse: nothing has been written then.
+    if "wandb" in config.logging.trackers:
+        run_config = dataclasses.asdict(config)
+        members.append(WeightsAndBiases(config.logging, output_dir, start_step, run_config))
+    if "tensorboard" in config.logging.trackers:
+        members.append(TensorBoard(output_dir / "runs", start_step))
+    members.append(JsonLines(output_dir / "metrics.jsonl", start_step))
+    return Trackers(tuple(members))

@@ -1,0 +1,71 @@
+"""Tokenizers made here: word level, so that masks can be marked by hand, and byte level for its trimmed offsets."""
+
+from pathlib import Path
+
+import datasets.config
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>"]
+WORDS = [
+    "system",
+    "user",
+    "assistant",
+    "hi",
+    " hi",
+    " you",
+    "yes",
+    " no",
+    "1",
+    "2",
+    "12",
+    "a",
+    " b",
+    "c",
+    ":",
+    "?",
+    "\n",
+]
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The datasets library copies what it reads: here into the test's own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word with its space, a line break or a sign; every token decodes to itself."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\n|[^\w\s]"), "isolated")
+    backend.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with trimmed offsets (a run of spaces has an empty range) that adds a BOS, as Llama's does."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        show_progress=False,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(["the cat sat on the mat\n\n\n"] * 4, trainer)
+    backend.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,41 @@
+import json
+
+import jax
+
+from r1jax.config.data import DataConfig
+from r1jax.config.model import ModelConfig
+from r1jax.config.schema import RunConfig
+from r1jax.config.tracking import LoggingConfig
+from r1jax.trackers import open_trackers
+
+
+def config_for(*report_to):
+    return RunConfig(
+        model=ModelConfig(model_name_or_path="m"),
+        data=DataConfig(dataset_name="d"),
+        logging=LoggingConfig(report_to=report_to),
+    )
+
+
+def test_metrics_are_written_even_when_no_tracker_is_asked_for(tmp_path):
+    trackers = open_trackers(config_for("none"), tmp_path, start_step=0)
+    trackers.log(1, {"loss": 0.5})
+    trackers.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+
+
+def test_tensorboard_stands_beside_metrics(tmp_path):
+    trackers = open_trackers(config_for("tensorboard"), tmp_path, start_step=0)
+    trackers.log(1, {"loss": 0.5})
+    trackers.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "runs"]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    trackers = open_trackers(config_for("tensorboard"), tmp_path, start_step=0)
+    trackers.log(1, {"loss": 0.5})
+    trackers.close()
+    assert list(tmp_path.iterdir()) == []

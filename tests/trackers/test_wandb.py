@@ -1,0 +1,47 @@
+import os
+import sys
+
+import pytest
+
+from r1jax.config.errors import UserError
+from r1jax.config.tracking import LoggingConfig
+from r1jax.trackers.wandb import WeightsAndBiases, export_names, run_id
+
+NAMES = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_RUN_GROUP")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """The tracker writes to os.environ; monkeypatch puts back what it has seen."""
+    for name in NAMES:
+        monkeypatch.setenv(name, "")
+
+
+def test_a_missing_package_is_the_users_to_mend_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"^report_to: need the wandb package .*; pip install 'r1jax\[wandb\]'"):
+        WeightsAndBiases(LoggingConfig(report_to=("wandb",)), tmp_path / "out", 0, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_names_that_the_config_gives_are_exported(monkeypatch):
+    export_names(LoggingConfig(wandb_project="reasoning", wandb_run_group="seed-1"))
+    assert [os.environ[name] for name in NAMES] == ["", "reasoning", "seed-1"]
+
+
+def test_a_resumed_run_keeps_its_id_and_a_fresh_one_gets_another(tmp_path):
+    path = tmp_path / "wandb_run_id"
+    first = run_id(path, start_step=0)
+    assert run_id(path, start_step=5) == first
+    assert run_id(path, start_step=0) != first
+
+
+def test_offline_a_run_is_written_to_the_output_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = WeightsAndBiases(LoggingConfig(report_to=("wandb",), run_name="trial"), tmp_path, 0, {"seed": 42})
+    tracker.log(1, {"loss": 0.5})
+    tracker.close()
+    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = record.read_bytes()
+    assert b"train/loss" in content and b"trial" in content
