@@ -18,6 +18,14 @@ SMOLLM2_135M = {
     "hidden_act": "silu",
     "max_position_embeddings": 8192,
 }
+SMALL_LLAMA = SMOLLM2_135M | {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 QWEN3_0_6B = {
     "model_type": "qwen3",
     "vocab_size": 151936,
@@ -72,6 +80,14 @@ def _gpu(name: str, hf_config: dict[str, Any], rows: int, row_length: int, check
 
 
 CASES = (
+    Case(
+        name="small-llama-4x256-float32",
+        platform="cpu",
+        hf_config=SMALL_LLAMA,
+        rows=4,
+        row_length=256,
+        compute_dtype="float32",
+    ),
     Case(
         name="smollm2-135m-4x512-float32",
         platform="cpu",

@@ -14,7 +14,7 @@ class Side(Protocol):
     """One framework's training step with its state, ready to run."""
 
     prepare_seconds: float
-    """Compilation, or the first step where nothing is compiled ahead."""
+    """The first step, with the compilation that it sets off."""
 
     def run(self, num_steps: int) -> float:
         """The loss of the last of so many steps; returns when the device has finished them."""

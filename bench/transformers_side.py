@@ -1,4 +1,4 @@
-"""transformers' model in a plain torch loop: AdamW (fused, HF's default), clipping, sdpa attention; autocast in bfloat16."""
+"""transformers' model in a plain torch loop: HF's default fused AdamW, clipping, sdpa attention, bfloat16 autocast."""
 
 import resource
 import time

@@ -14,13 +14,14 @@ from typing import NoReturn
 from rich.console import Console
 from rich.logging import RichHandler
 
-from r1jax.config.errors import UserError, need
+from r1jax.config.errors import RunFailure, UserError, need
 
 _LEVELS = {"passive": "INFO", "detail": "DEBUG"}
 
 
 def run(body: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """The command's exit code: body's (None is 0), 2 with one line on stderr for a UserError, 130 for Ctrl-C.
+    """The command's exit code: body's (None is 0), 2 with one line on stderr for a UserError, 1 with one line for a
+    RunFailure, 130 for Ctrl-C.
 
     Every other exception is ours and keeps its traceback.
     """
@@ -30,6 +31,9 @@ def run(body: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     except UserError as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 2
+    except RunFailure as error:
+        sys.stderr.write(" ".join(str(error).split()) + "\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -46,6 +50,8 @@ def configure_logging(level: str) -> None:
         if not console.is_terminal:
             console = Console(stderr=True, width=200)  # rich would wrap a log file at 80 columns
         logger.addHandler(RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S"))
+    # absl, which grain imports, puts a handler on the root logger: every line would come twice.
+    logger.propagate = False
     logger.setLevel(_LEVELS.get(level, level.upper()))
 
 

@@ -82,7 +82,9 @@ def init(config: OptimizerConfig, params: Tree) -> dict[str, Any]:
     return {"mu": mu, "nu_row": second.v_row, "nu_col": second.v_col, "nu": second.v, "count": count}
 
 
-def _direction(config: OptimizerConfig, grads: Tree, state: dict[str, Any], params: Tree) -> tuple[Tree, dict[str, Any]]:
+def _direction(
+    config: OptimizerConfig, grads: Tree, state: dict[str, Any], params: Tree
+) -> tuple[Tree, dict[str, Any]]:
     """Adam's update before learning rate and decay, and the new moments."""
     count = state["count"]
     if config.kind == "adamw":

@@ -43,3 +43,7 @@ def _as_json(value: object) -> str:
         return json.dumps(value, ensure_ascii=False, default=str)
     except (TypeError, ValueError):  # dates as keys, lists that hold themselves: YAML has them
         return repr(value)
+
+
+class RunFailure(RuntimeError):
+    """A run cannot go on through nobody's typing: a non-finite loss, memory that ran out; one line, exit code 1."""

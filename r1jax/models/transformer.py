@@ -131,5 +131,3 @@ def logits(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V
     """All logits at once in float32; for tests and sampling, never for a training loss."""
     kernel = output_kernel(params).astype(hidden.dtype)
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-
-

@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 
-def sample_keys(seed: int, prompt_ids: Int[Array, " B"], samples: Int[Array, " B"]) -> PRNGKeyArray:
+def sample_keys(seed: int, prompt_ids: Int[Array, " B"], samples: Int[Array, " B"]) -> Key[Array, " B"]:
     """One key a row, that of sample number `samples` of prompt `prompt_ids`, wherever the row stands."""
     # Named, because jax's default generator is a setting.
     root = jax.random.key(seed, impl="threefry2x32")
@@ -16,7 +16,7 @@ def sample_keys(seed: int, prompt_ids: Int[Array, " B"], samples: Int[Array, " B
 
 def sample(
     logits: Float[Array, "B V"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " B"],
     index: Int[Array, ""],
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.config.errors import at_least, need, require
 from r1jax.models.config import DecoderConfig
@@ -61,7 +61,7 @@ class _Slots:
 class _Settings:
     """What may change from call to call without compiling anything."""
 
-    keys: PRNGKeyArray
+    keys: Key[Array, " B"]
     """One a row."""
     lengths: Int[Array, " B"]
     """Tokens of each row's prompt."""
@@ -162,9 +162,7 @@ class Sampler:
             tokens[row, : len(item.prompt)] = item.prompt
         stops = stop_ids + [-1] * (-len(stop_ids) % _STOP_BUCKET)
         settings = _Settings(
-            keys=sample_keys(
-                seed, _int32([item.prompt_id for item in rows]), _int32([item.sample for item in rows])
-            ),
+            keys=sample_keys(seed, _int32([item.prompt_id for item in rows]), _int32([item.sample for item in rows])),
             lengths=_int32([len(item.prompt) for item in rows]),
             temperature=jnp.asarray(temperature, jnp.float32),
             top_p=jnp.asarray(top_p, jnp.float32),
@@ -282,9 +280,7 @@ def _draw_token(slots: _Slots, logits: Float[Array, "B V"], settings: _Settings,
 
 def _completions(slots: _Slots, count: int) -> list[Completion]:
     """The first `count` rows, fetched from the device."""
-    tokens, logprobs, lengths, stopped = jax.device_get(
-        (slots.tokens, slots.logprobs, slots.num_tokens, slots.stopped)
-    )
+    tokens, logprobs, lengths, stopped = jax.device_get((slots.tokens, slots.logprobs, slots.num_tokens, slots.stopped))
     return [
         Completion(
             token_ids=tuple(tokens[row, : lengths[row]].tolist()),

@@ -52,9 +52,7 @@ class StateLayout:
 def lay_out(decoder: DecoderConfig, optim: OptimizerConfig, mesh: Mesh, zero_stage: int) -> StateLayout:
     """The layout of a run's state; allocates nothing. Raises `UserError` when the mesh does not fit the model."""
     params = abstract_params(decoder)
-    specs = make_specs(
-        params, mesh, zero_stage, num_heads=decoder.num_heads, num_kv_heads=decoder.num_kv_heads
-    )
+    specs = make_specs(params, mesh, zero_stage, num_heads=decoder.num_heads, num_kv_heads=decoder.num_kv_heads)
     shapes = jax.eval_shape(lambda tree: _start(tree, optim), params)
     state_specs = TrainState(
         params=specs.params,

@@ -70,9 +70,7 @@ def make_train_step(
 
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     places = layout.shardings
-    return jax.jit(
-        step, in_shardings=(places, layout.batch), out_shardings=(places, everywhere), donate_argnums=0
-    )
+    return jax.jit(step, in_shardings=(places, layout.batch), out_shardings=(places, everywhere), donate_argnums=0)
 
 
 def make_eval_step(loss: Loss, layout: StateLayout) -> EvalStep:

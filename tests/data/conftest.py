@@ -64,7 +64,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    backend.train_from_iterator(["the cat sat on the mat\n\n\n"] * 4, trainer)
+    backend.train_from_iterator(["the cat sat on the mat    the"] * 4, trainer)
     backend.post_processor = processors.Sequence(
         [processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])]
     )

@@ -52,10 +52,12 @@ def test_token_across_the_boundary_is_trained_on_and_counted(tokenizer):
 
 
 def test_trimmed_offsets_and_an_added_bos(byte_tokenizer):
-    """The runs of line breaks have an empty character range at their end; the BOS has (0, 0)."""
-    assert marked(encoder(byte_tokenizer, PAIR), {"p": "the cat\n\n\n", "c": "sat"}) == "<s>the cat\n\n\n[sat][</s>]"
-    assert marked(encoder(byte_tokenizer, PAIR), {"p": "the", "c": "\n\n\nsat"}) == "<s>the[\n\n\n][sat][</s>]"
-    assert marked(encoder(byte_tokenizer, TEXT), {"text": "the cat\n\n\n"}) == "<s>[the][ cat][\n\n\n][</s>]"
+    """A run of spaces has an empty range of characters, at its end; a space before a word is cut off; BOS is at 0."""
+    ranges = byte_tokenizer("the   cat", return_offsets_mapping=True)["offset_mapping"]
+    assert ranges == [(0, 0), (0, 3), (5, 5), (6, 9)]
+    assert marked(encoder(byte_tokenizer, PAIR), {"p": "the  ", "c": " cat"}) == "<s>the  [ cat][</s>]"
+    assert marked(encoder(byte_tokenizer, PAIR), {"p": "the", "c": "   cat"}) == "<s>the[  ][ cat][</s>]"
+    assert marked(encoder(byte_tokenizer, TEXT), {"text": "the   cat"}) == "<s>[the][  ][ cat][</s>]"
 
 
 def test_characters_of_several_tokens(byte_tokenizer):

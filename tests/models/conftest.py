@@ -53,12 +53,12 @@ def _randomise(model: Any) -> None:
             elif name.endswith("bias"):
                 parameter.normal_(std=0.5)
             elif "embed_tokens" in name:
-                parameter.normal_(std=2 * width**-0.5 if tied else 0.02)
+                parameter.normal_(std=1.3 * width**-0.5 if tied else 0.02)
             elif "lm_head" in name:
                 parameter.normal_(std=2 * width**-0.5)
             else:
                 # Sharp attention that outweighs the rest, or greedy decoding soon repeats one token.
-                gain = 1.6 if name.split(".")[-2] in ("q_proj", "k_proj", "o_proj") else 1.0
+                gain = {"q_proj": 1.6, "k_proj": 1.6, "o_proj": 2.5}.get(name.split(".")[-2], 1.0)
                 parameter.normal_(std=gain * parameter.shape[1] ** -0.5)
 
 

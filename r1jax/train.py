@@ -1,0 +1,64 @@
+"""Trains what a recipe asks for.
+
+    python -m r1jax.train --config FILE [--key value ...] [--dry_run]
+
+A key of the command line wins over the file's. --dry_run validates everything that needs no device, shows each value
+with where it came from, and exits 0. --help lists every key.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from r1jax import commands, config
+from r1jax.config.errors import need
+from r1jax.sharding.mesh import initialize_processes
+
+logger = logging.getLogger("r1jax.train")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 when the model is exported, or saved after a SIGTERM."""
+    return commands.run(_train, sys.argv[1:] if argv is None else argv)
+
+
+def _train(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        config.print_help(Console())
+        return 0
+    resolved = config.load(argv)
+    if resolved.dry_run:
+        config.print_resolved(resolved, Console())
+        return 0
+    run = resolved.config
+    commands.configure_logging(run.run.log_level)
+    if run.run.task != "sft":
+        raise need("task", "sft", run.run.task, "GRPO is not built yet; --dry_run checks its recipes")
+    config.warn_ignored(resolved)
+    os.environ.update(resolved.env)
+    configure_jax(run)
+    initialize_processes()
+    # Imported here: datasets and transformers read the environment, which `env:` may have set, when they are imported.
+    from r1jax import sft
+
+    sft.run(run)
+    return 0
+
+
+def configure_jax(run: config.RunConfig) -> None:
+    """Sets JAX's process-wide flags; must come before any device is used."""
+    if run.run.deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    if run.model.compute_dtype == "float32":
+        # JAX's default is TF32 on GPU and bfloat16 on TPU, which is not what a recipe without bf16 asks for.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "r1jax" / "compiled"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The only training loop. It holds a run's state; everything it calls is given to it."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from r1jax.batch import PackedBatch
+from r1jax.training.cadence import Cadence
+from r1jax.training.preemption import on_sigterm
+from r1jax.training.recorder import Recorder
+from r1jax.training.state import TrainState
+from r1jax.training.step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepInput:
+    """What one update needs."""
+
+    step: int
+    """Updates done before it."""
+    batch: PackedBatch
+    """[A, B, T] on the devices."""
+    num_tokens: int
+    """Tokens of all processes that are not padding."""
+    flops: float
+    """Of the whole update on all devices, see models/flops.py."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """What the loop does besides updating; `save` gets the updates done and the state."""
+
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None
+    save: Callable[[int, TrainState], None]
+
+
+def run(
+    state: TrainState,
+    inputs: Iterator[StepInput],
+    step: TrainStep,
+    *,
+    cadence: Cadence,
+    recorder: Recorder,
+    tasks: Tasks,
+) -> tuple[TrainState, int]:
+    """(final state, updates done), fewer than planned after a SIGTERM, which is answered by a checkpoint.
+
+    The metrics of a step are read while the next one runs, so the devices never wait for the host; where a step is
+    logged, evaluated or saved they are read at once, and a non-finite loss never reaches a checkpoint.
+    """
+    pending: tuple[StepInput, Mapping[str, Any]] | None = None
+
+    def settle() -> None:
+        nonlocal pending
+        if pending is not None:
+            given, metrics = pending
+            recorder.add(given.step + 1, metrics, given.num_tokens, given.flops)
+            pending = None
+
+    done = saved = int(state.step)
+    with on_sigterm() as requested:
+        for given in inputs:
+            # A stray host array here would be a transfer, and a wait, in every step.
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state, given.batch)
+            settle()
+            pending, done = (given, metrics), given.step + 1
+            stops = requested(done)
+            evaluates = tasks.evaluate is not None and cadence.evaluation.due(done)
+            saves = stops or cadence.saving.due(done)
+            if cadence.logs(done) or evaluates or saves:
+                settle()
+            if cadence.logs(done):
+                recorder.log(done)
+            if evaluates or saves:
+                since = recorder.pause()
+                if evaluates and tasks.evaluate is not None:
+                    recorder.emit(done, tasks.evaluate(state))
+                if saves:
+                    tasks.save(done, state)
+                    saved = done
+                recorder.resume(since)
+            if stops:
+                logger.info("SIGTERM: saved step %d", done)
+                return state, done
+    settle()
+    if saved != done and cadence.saving.steps is not None:  # the end of the run is always worth keeping
+        tasks.save(done, state)
+    return state, done
