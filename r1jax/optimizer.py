@@ -53,7 +53,7 @@ def decayed(params: Tree) -> Tree:
 
 
 def _factored(config: OptimizerConfig) -> optax.GradientTransformation:
-    def decay_rate(step: Array, beta2: float) -> Array:
+    def decay_rate(step: Any, beta2: Any) -> Array:
         # Adam's bias correction folded into the decay: Shazeer and Stern 2018, section 7.1.
         t = step.astype(jnp.float32) + 1.0
         return beta2 * (1.0 - beta2 ** (t - 1.0)) / (1.0 - beta2**t)
@@ -77,7 +77,7 @@ def init(config: OptimizerConfig, params: Tree) -> dict[str, Any]:
     if config.kind == "adamw":
         zeros = jax.tree.map(jnp.zeros_like, params)
         return {"mu": zeros, "nu": jax.tree.map(jnp.zeros_like, params), "count": count}
-    second = _factored(config).init(params)
+    second: Any = _factored(config).init(params)
     mu = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bfloat16), params)
     return {"mu": mu, "nu_row": second.v_row, "nu_col": second.v_col, "nu": second.v, "count": count}
 
@@ -90,9 +90,12 @@ def _direction(
     if config.kind == "adamw":
         adam = optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon)
         before = optax.ScaleByAdamState(count=count, mu=state["mu"], nu=state["nu"])
+        after: Any
         updates, after = adam.update(grads, before, params)
         return updates, {"mu": after.mu, "nu": after.nu, "count": after.count}
     before = optax.FactoredState(count=count, v_row=state["nu_row"], v_col=state["nu_col"], v=state["nu"])
+    second: Any
+    first: Any
     updates, second = _factored(config).update(grads, before, params)
     updates, first = _momentum(config).update(updates, optax.EmaState(count=count, ema=state["mu"]))
     moments = {"mu": first.ema, "nu_row": second.v_row, "nu_col": second.v_col, "nu": second.v}

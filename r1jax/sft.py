@@ -2,39 +2,22 @@
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
-import r1jax
-from r1jax import footprint
 from r1jax.batch import PackedBatch
-from r1jax.checkpoints import hub
-from r1jax.checkpoints.generation import read_generation_config
-from r1jax.checkpoints.hf import load_params, read_config
-from r1jax.checkpoints.hf_export import export
-from r1jax.checkpoints.model_card import Card
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig, to_yaml
-from r1jax.config.errors import RunFailure, need
-from r1jax.data.batches import BatchStream
+from r1jax.data.batches import BatchStream, Weigh
 from r1jax.data.encoding import RowEncoder
 from r1jax.data.formats import detect_format
-from r1jax.data.packing import Plan, bucket_length, make_plan
+from r1jax.data.packing import Plan, make_plan
 from r1jax.data.sources import load_split
-from r1jax.data.templates import check_tokenizer, prepare_tokenizer
 from r1jax.data.tokenized import TokenizedRows, tokenise
-from r1jax.models.config import DecoderConfig
-from r1jax.models.families import decoder_config
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
-from r1jax.models.transformer import RematPolicy
-from r1jax.objectives.cross_entropy import default_chunk
 from r1jax.objectives.reductions import nll_mean, token_sum
 from r1jax.objectives.sft import make_nll
 from r1jax.optimizer import make_schedule
@@ -45,22 +28,12 @@ from r1jax.trackers.open import open_trackers
 from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
+from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.recorder import Recorder
 from r1jax.training.resume import find_start, restore
-from r1jax.training.state import StateLayout, TrainState, fresh_params, lay_out, start_state
+from r1jax.training.source import Source, export_model, first_params, read_source
+from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import make_eval_step, make_train_step
-
-logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """The model that a run starts from."""
-
-    directory: Path
-    hf_config: dict[str, Any]
-    decoder: DecoderConfig
-    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +56,7 @@ def run(config: RunConfig) -> None:
     with contextlib.closing(checkpoints):
         start = find_start(config.run, checkpoints)
         # 2. The estimate comes before the compiler has its say.
-        estimate = estimate_memory(config, source.decoder, layout, train.plan)
+        estimate = estimate_memory(config, source.decoder, layout, train.plan.longest_row)
         # 3. The state: resumed, or the pretrained weights, or fresh ones.
         if start is not None:
             state = restore(start, checkpoints, layout, train.plan.fingerprint)
@@ -100,18 +73,6 @@ def run(config: RunConfig) -> None:
     export_model(config, source, state, recorder, done)
 
 
-def read_source(config: RunConfig) -> Source:
-    """The model directory (fetched if it is a hub id), its decoder and its tokenizer."""
-    directory = hub.resolve(config.model.model_name_or_path, config.model.model_revision)
-    hf_config = read_config(directory)
-    decoder = decoder_config(hf_config)
-    tokenizer = prepare_tokenizer(directory, config.model.chat_template, config.model.eos_token)
-    if len(tokenizer) > decoder.vocab_size:
-        rule = f"a tokenizer of at most {decoder.vocab_size} tokens, the model's vocabulary"
-        raise need("model_name_or_path", rule, len(tokenizer), "use the tokenizer that the model was trained with")
-    return Source(directory=directory, hf_config=hf_config, decoder=decoder, tokenizer=tokenizer)
-
-
 def read_rows(config: RunConfig, source: Source, shards: int) -> tuple[Rows, Rows | None]:
     """The rows to train on and those held out (None where no evaluation is asked for)."""
     batch, evaluation = config.batch, config.evaluation
@@ -119,7 +80,6 @@ def read_rows(config: RunConfig, source: Source, shards: int) -> tuple[Rows, Row
     def rows(which: Any, packing: bool, **plan: Any) -> Rows:
         loaded = load_split(config.data, which)
         row_format = detect_format(loaded, config.data)
-        check_tokenizer(source.tokenizer, row_format)
         encoder = RowEncoder(tokenizer=source.tokenizer, row_format=row_format, max_length=config.data.max_length)
         tokenized = tokenise(loaded, encoder, num_workers=config.data.dataset_num_proc)
         made = make_plan(
@@ -143,52 +103,6 @@ def read_rows(config: RunConfig, source: Source, shards: int) -> tuple[Rows, Row
     return train, held_out
 
 
-def remat_of(config: RunConfig) -> RematPolicy:
-    """What the backward pass recomputes."""
-    return config.model.remat_policy if config.model.gradient_checkpointing else "none"
-
-
-def estimate_memory(config: RunConfig, decoder: DecoderConfig, layout: StateLayout, plan: Plan) -> footprint.Footprint:
-    """The footprint of a step, printed on the first process."""
-    shards = data_shards(layout.mesh)
-    longest = int(plan.lengths.max())
-    packed_length = config.data.max_length if config.data.packing else None
-    workload = footprint.Workload(
-        rows=config.batch.per_device_train_batch_size,
-        row_length=packed_length or bucket_length(longest, config.data.max_length),
-        compute_dtype=config.model.compute_dtype,
-        remat=remat_of(config),
-        loss_chunk_size=config.model.loss_chunk_size or default_chunk(decoder.vocab_size),
-        zero_stage=config.mesh.zero_stage,
-        state_shards=shards,
-        tensor_shards=layout.mesh.shape["tensor"],
-        optim=config.optimizer.optim,
-    )
-    places = layout.shardings
-    estimate = footprint.estimate(
-        params=layout.abstract.params,
-        param_shardings=places.params,
-        gradient_shardings=jax.tree.map(
-            lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), layout.specs.gradients
-        ),
-        optimizer=layout.abstract.optimizer,
-        optimizer_shardings=places.optimizer,
-        config=decoder,
-        workload=workload,
-    )
-    if jax.process_index() == 0:
-        limit = footprint.device_limit(jax.local_devices()[0])
-        Console(stderr=True).print(footprint.table(estimate, limit))
-    return estimate
-
-
-def first_params(config: RunConfig, source: Source, layout: StateLayout) -> Any:
-    """Float32 master parameters in their layout: the model's own, or fresh ones where `random_init` says so."""
-    if config.model.random_init:
-        return fresh_params(source.decoder, config.run.seed, layout)
-    return load_params(source.directory, source.decoder, layout.shardings.params)
-
-
 def open_recorder(config: RunConfig, plan: Plan, resumed: dict[str, Any]) -> Recorder:
     """Metrics from the step that the run starts at; trackers are cut back to it."""
     step = resumed.get("step", 0)
@@ -201,19 +115,7 @@ def open_recorder(config: RunConfig, plan: Plan, resumed: dict[str, Any]) -> Rec
     )
 
 
-@contextlib.contextmanager
-def out_of_memory_named(estimate: footprint.Footprint) -> Iterator[None]:
-    """Turns a device's out-of-memory error into the line that names the key to turn."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        advice = footprint.advice(str(error), estimate)
-        if not advice:
-            raise
-        raise RunFailure(advice) from error
-
-
-def device_batches(rows: Rows, layout: StateLayout, weigh: Any, start: int) -> Iterator[tuple[int, PackedBatch]]:
+def device_batches(rows: Rows, layout: StateLayout, weigh: Weigh, start: int) -> Iterator[tuple[int, PackedBatch]]:
     """(step, batch on the devices) from step `start`; this process builds the rows of its own devices only."""
     num_rows = rows.plan.rows_per_micro_batch
     mine = local_rows(layout.batch, num_rows)
@@ -282,35 +184,3 @@ def train_model(
     if held_out is not None and done == plan.num_steps and not recorder.has(done, "eval_loss"):
         recorder.emit(done, measure(final))
     return final, done
-
-
-def export_model(config: RunConfig, source: Source, state: TrainState, recorder: Recorder, done: int) -> None:
-    """Writes the model into output_dir as Hugging Face reads it."""
-    keys = ("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm")
-    card = Card(
-        name=Path(config.run.output_dir).name,
-        base_model=config.model.model_name_or_path,
-        task="sft",
-        steps=done,
-        tokens=recorder.num_tokens,
-        hyperparameters={key: getattr(config.optimizer, key) for key in keys},
-        metrics={name: recorder.last[name] for name in ("loss", "eval_loss") if name in recorder.last},
-        versions={
-            "r1jax": r1jax.__version__,
-            **{name: version(name) for name in ("jax", "flax", "optax", "transformers")},
-        },
-    )
-    if config.data.dataset_name:
-        card["datasets"] = [config.data.dataset_name]
-    output_dir = Path(config.run.output_dir)
-    dtype = export(
-        output_dir,
-        state.params,
-        config=source.decoder,
-        hf_config=source.hf_config,
-        tokenizer=source.tokenizer,
-        generation_config=read_generation_config(source.directory),
-        dtype=config.model.torch_dtype,
-        card=card,
-    )
-    logger.info("model exported to %s (%s)", output_dir, dtype)

@@ -56,7 +56,7 @@ def configure_jax(run: config.RunConfig) -> None:
     if run.model.compute_dtype == "float32":
         # JAX's default is TF32 on GPU and bfloat16 on TPU, which is not what a recipe without bf16 asks for.
         jax.config.update("jax_default_matmul_precision", "highest")
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "r1jax" / "compiled"))
 
 

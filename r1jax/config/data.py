@@ -36,7 +36,7 @@ class DataConfig:
     """Column of plain text rows."""
 
     system_prompt: str | None = None
-    """System message put before a conversation that has none; null adds nothing."""
+    """GRPO: system message before each prompt; it does not change SFT rows, as in open-r1."""
 
     max_length: int | None = 1024
     """Longest sequence in tokens, cut at the end; null means no cut."""

@@ -123,6 +123,13 @@ class Plan:
         """Steps of one epoch, the last one filled up with padding: no row is dropped."""
         return math.ceil(self.num_units / self.units_per_step)
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens that the longest row of any step has room for."""
+        if self.packed_rows is not None and self.max_length is not None:
+            return self.max_length
+        return bucket_length(int(self.lengths.max()), self.max_length)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Equal for plans with the same steps; not of how many steps the run has, so that it can be prolonged."""

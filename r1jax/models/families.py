@@ -49,9 +49,19 @@ def _require(condition: bool, rule: str, got: Any, advice: str) -> None:
         raise UserError(f"model_name_or_path: need {rule}, got {got}; {advice}")
 
 
+def _given(hf: dict[str, Any], key: str, where: str = "config.json") -> Any:
+    """The key's value; raises where there is none."""
+    _require(hf.get(key) is not None, f"{key} in {where}", "none", "check config.json")
+    return hf[key]
+
+
+def _rope_entry(hf: dict[str, Any]) -> dict[str, Any]:
+    return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+
+
 def _rope(hf: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    given = _rope_entry(hf)
     theta = float(given.get("rope_theta", hf.get("rope_theta", family.rope_theta)))
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
@@ -63,14 +73,18 @@ def _rope(hf: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None
         "this scaling is not computed right here, so the model would be silently wrong; remove it from config.json "
         "to train within the original context",
     )
+
+    def number(key: str) -> float:
+        return float(_given(given, key, "the rope scaling"))
+
     if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=float(given["factor"]))
+        return theta, RopeScaling(kind="linear", factor=number("factor"))
     return theta, RopeScaling(
         kind="llama3",
-        factor=float(given["factor"]),
-        low_freq_factor=float(given["low_freq_factor"]),
-        high_freq_factor=float(given["high_freq_factor"]),
-        original_max_position=int(given["original_max_position_embeddings"]),
+        factor=number("factor"),
+        low_freq_factor=number("low_freq_factor"),
+        high_freq_factor=number("high_freq_factor"),
+        original_max_position=int(number("original_max_position_embeddings")),
     )
 
 
@@ -82,7 +96,7 @@ def _refuse_what_differs(hf: dict[str, Any]) -> None:
     _require(not sliding, "full attention", "use_sliding_window: true", "sliding windows are not in the decoder")
     layer_types = set(hf.get("layer_types") or ["full_attention"])
     _require(layer_types == {"full_attention"}, "full attention in every layer", sorted(layer_types), "not supported")
-    factor = hf.get("partial_rotary_factor", 1.0)
+    factor = _rope_entry(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
     _require(factor == 1.0, "partial_rotary_factor 1", factor, "partial rotation is not in the decoder")
     quantised = hf.get("quantization_config")
     _require(not quantised, "unquantised weights", "quantization_config", "use the bf16 or fp32 release of the model")
@@ -103,16 +117,20 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
         return bool(hf.get(value, False)) if isinstance(value, str) else value
 
     theta, scaling = _rope(hf, family)
-    heads = int(hf["num_attention_heads"])
+
+    def count(key: str) -> int:
+        return int(_given(hf, key))
+
+    heads = count("num_attention_heads")
     kv_heads = int(hf.get("num_key_value_heads") or heads)
     _require(heads % kv_heads == 0, "num_key_value_heads that divides num_attention_heads", kv_heads, "check the file")
     # Qwen3's config class has head_dim 128 of its own; the others derive it.
-    derived = 128 if model_type == "qwen3" else int(hf["hidden_size"]) // heads
+    derived = 128 if model_type == "qwen3" else count("hidden_size") // heads
     return DecoderConfig(
-        vocab_size=int(hf["vocab_size"]),
-        hidden_size=int(hf["hidden_size"]),
-        intermediate_size=int(hf["intermediate_size"]),
-        num_layers=int(hf["num_hidden_layers"]),
+        vocab_size=count("vocab_size"),
+        hidden_size=count("hidden_size"),
+        intermediate_size=count("intermediate_size"),
+        num_layers=count("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=int(hf.get("head_dim") or derived),

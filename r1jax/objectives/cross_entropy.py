@@ -4,6 +4,9 @@ The backward pass keeps the logsumexp of each token and recomputes its logits. O
 its own tokens (chunks never cross a sharded axis) against its own slice of the vocabulary, and the gradient of the
 kernel is summed over devices once, not once a chunk: both loops are local under `shard_map`.
 """
+# JAX's own annotations are partly unknown to a strict checker.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 
 import functools
 from collections.abc import Callable
@@ -118,19 +121,23 @@ def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, res
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_logprobs(
     hidden: Float[Array, "B T D"],
     kernel: Float[Array, "D V"],
     targets: Int[Array, "B T"],
     chunk: int,
-    mesh: Mesh | None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Float32 log-probability of each target under softmax(hidden @ kernel), and whether no token is likelier.
 
     chunk: tokens a device holds logits of at one time. mesh: rows are split over data x fsdp and the vocabulary over
     tensor, which must divide them; None for one device. Only the log-probabilities have a gradient.
     """
+    return _differentiable(hidden, kernel, targets, chunk, mesh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _differentiable(hidden: Array, kernel: Array, targets: Array, chunk: int, mesh: Mesh | None) -> Any:
     return _forward(hidden, kernel, targets, chunk, mesh)[0]
 
 
@@ -147,4 +154,4 @@ def _backward(chunk: int, mesh: Mesh | None, residuals: Any, cotangents: Any) ->
     return *gradients, None
 
 
-token_logprobs.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)

@@ -1,4 +1,7 @@
 """Supervised fine-tuning's loss over a packed micro-batch."""
+# JAX's own annotations are partly unknown to a strict checker.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 
 from collections.abc import Callable
 from typing import Any

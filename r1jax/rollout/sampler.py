@@ -121,7 +121,8 @@ class Sampler:
         prompt and for one that leaves no room for max_new_tokens in the model's context.
         """
         check_settings(num_generations, temperature, top_p, max_new_tokens, batch_size)
-        check_prompts(prompts, self.config, max_new_tokens)
+        for row, prompt in enumerate(prompts):
+            check_prompt(prompt, self.config, max_new_tokens, f"prompt {row}")
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         work = [
             _Work(prompt, prompt_id, sample, (row, sample))
@@ -198,19 +199,19 @@ def check_settings(
     at_least("batch_size", batch_size, 1, "use at least one slot")
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: DecoderConfig, max_new_tokens: int) -> None:
-    """Raises `UserError`, naming the first prompt (from 0) that the model cannot take."""
+def check_prompt(prompt: Sequence[int], config: DecoderConfig, max_new_tokens: int, name: str) -> None:
+    """Raises `UserError`, calling the prompt by name, if the model cannot take it or has no room for the answer."""
     limit = config.max_position_embeddings
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise need("prompts", "at least one token in each", f"none in prompt {index}", "remove it")
-        if outside := [token for token in prompt if not 0 <= token < config.vocab_size]:
-            got = f"{outside[0]} in prompt {index}"
-            raise need("prompts", f"token ids below {config.vocab_size}", got, "use the model's own tokenizer")
-        if limit and len(prompt) + max_new_tokens > limit:
-            got = f"{len(prompt)} + {max_new_tokens} with prompt {index}"
-            rule = f"prompt + max_new_tokens within the model's {limit} positions"
-            raise need("max_new_tokens", rule, got, f"use at most {max(limit - len(prompt), 0)}, or shorten the prompt")
+    if not prompt:
+        raise need("prompts", "at least one token in each", f"none in {name}", "remove it")
+    if outside := [token for token in prompt if not 0 <= token < config.vocab_size]:
+        got = f"{outside[0]} in {name}"
+        raise need("prompts", f"token ids below {config.vocab_size}", got, "use the model's own tokenizer")
+    if limit and len(prompt) + max_new_tokens > limit:
+        got = f"{len(prompt)} + {max_new_tokens} with {name}"
+        rule = f"prompt + max_new_tokens within the model's {limit} positions"
+        room = limit - len(prompt)
+        raise need("max_new_tokens", rule, got, f"use at most {room}" if room > 0 else "shorten the prompt")
 
 
 def _int32(numbers: Sequence[int]) -> Int[Array, " B"]:

@@ -1,6 +1,8 @@
 """The device mesh (axes data, fsdp, context, tensor) and the processes that share it."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +36,7 @@ def initialize_processes() -> None:
     )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices of all processes (or those given); mesh_fsdp: -1 takes the devices left over.
 
     Raises `UserError` when the axes do not multiply to the number of devices.
@@ -45,11 +47,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if fsdp == -1:
         if len(devices) % others:
             rule = f"mesh_data x mesh_tensor to divide the {len(devices)} devices"
-            raise need("mesh_data", rule, others, "lower one of the two")
+            raise need("mesh_data", rule, str(others), "lower one of the two")
         fsdp = len(devices) // others
     if fsdp * others != len(devices):
         rule = f"mesh_data x mesh_fsdp x mesh_tensor = {len(devices)} devices"
-        raise need("mesh_fsdp", rule, fsdp * others, "use mesh_fsdp: -1 for the devices left over")
+        raise need("mesh_fsdp", rule, str(fsdp * others), "use mesh_fsdp: -1 for the devices left over")
     shape = (config.mesh_data, fsdp, config.mesh_context, config.mesh_tensor)
     # Auto axes: the compiler places what we do not pin. make_mesh's default, Explicit, puts shardings into types.
     types = (AxisType.Auto,) * len(AXES)

@@ -21,7 +21,7 @@ def to_devices(batch: Tree, sharding: NamedSharding, num_rows: int, rows: list[i
     position = {row: at for at, row in enumerate(rows)}
 
     def place(leaf: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(num_rows)
             return leaf[index[0], position[start] : position[stop - 1] + 1, index[2]]
 

@@ -96,7 +96,7 @@ def make_specs(abstract_params: Tree, mesh: Mesh, zero_stage: int, *, num_heads:
     """The tables for a parameter tree on a mesh; raises `UserError` when `mesh_tensor` would cut a query head."""
     size = mesh.shape["tensor"]
     if num_heads % size:
-        raise need("mesh_tensor", f"a divisor of the model's {num_heads} query heads", size, "lower it")
+        raise need("mesh_tensor", f"a divisor of the model's {num_heads} query heads", str(size), "lower it")
 
     def table(added: tuple[str, ...]) -> Tree:
         def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:

@@ -65,8 +65,10 @@ def _randomise(model: Any) -> None:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[[str], Any]:
     """The transformers model of a case: eager attention, fp32, made once."""
+    import torch
     import transformers
 
+    torch.set_num_threads(1)  # such small products lose by threads
     models: dict[str, Any] = {}
 
     def make(case: str) -> Any:

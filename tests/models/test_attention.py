@@ -98,16 +98,17 @@ def test_blocks_grow_so_that_they_stay_few(monkeypatch: pytest.MonkeyPatch):
     whole = compiled(q, k, v, layout)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
     monkeypatch.setattr(attention, "MAX_BLOCKS", 3)
-    jaxpr = jax.make_jaxpr(lambda *args: attend(*args))(q, k, v, layout)
+    jaxpr = jax.make_jaxpr(lambda q, k, v, layout: attend(q, k, v, layout))(q, k, v, layout)
     assert sum("checkpoint" in str(eqn.primitive) or "remat" in str(eqn.primitive) for eqn in jaxpr.eqns) == 3
-    np.testing.assert_allclose(jax.jit(lambda *args: attend(*args))(q, k, v, layout), whole, atol=1e-6)
+    patched = jax.jit(lambda q, k, v, layout: attend(q, k, v, layout))
+    np.testing.assert_allclose(patched(q, k, v, layout), whole, atol=1e-6)
 
 
 def test_no_array_of_length_times_length():
     length = 512
     q, k = jnp.zeros((1, length, 2, WIDTH)), jnp.zeros((1, length, 1, WIDTH))
     layout = layout_of([[length]], length)
-    text = str(jax.make_jaxpr(jax.grad(lambda *args: attend(*args, layout).sum(), argnums=(0, 1, 2)))(q, k, k))
+    text = str(jax.make_jaxpr(jax.grad(lambda q, k, v: attend(q, k, v, layout).sum(), argnums=(0, 1, 2)))(q, k, k))
     assert f"128,{length}]" in text  # the last block's scores
     assert f"{length},{length}]" not in text
 
@@ -129,5 +130,5 @@ def test_bf16_is_near_fp32():
     layout = layout_of(rows, length)
     out = compiled(*narrow, layout)
     assert out.dtype == jnp.bfloat16
-    exact = compiled(*(x.astype(jnp.float32) for x in narrow), layout)
+    exact = compiled(*[x.astype(jnp.float32) for x in narrow], layout)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=2e-2)

@@ -213,7 +213,7 @@ REFUSED = {
     ),
     "a key left out": (
         {key: value for key, value in QWEN25.items() if key != "vocab_size"},
-        "need vocab_size in config.json, got none; check the file",
+        "need vocab_size in config.json, got none; check config.json",
     ),
 }
 

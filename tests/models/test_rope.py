@@ -57,10 +57,10 @@ def test_frequencies_equal_transformers(kind: str):
     hf = {**LLAMA, "hidden_size": 256, "rope_parameters": SCALINGS[kind]}
     theirs = LlamaConfig(**hf)
     function = {"default": LlamaRotaryEmbedding.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}
-    expected, attention_factor = function[SCALINGS[kind]["rope_type"]](theirs, "cpu")
+    expected, attention_factor = function[SCALINGS[kind]["rope_type"]](theirs)
     assert attention_factor == 1.0
-    # Both float32: at most one rounding apart, or long positions would turn by another angle.
-    np.testing.assert_allclose(frequencies(decoder_config(hf)), expected.numpy(), rtol=1.3e-7)
+    # Both float32 and two roundings apart at most: at position 100,000 no angle differs by more than 0.03.
+    np.testing.assert_allclose(frequencies(decoder_config(hf)), expected.numpy(), rtol=2.4e-7)
 
 
 def test_rotation_by_a_quarter_turn():

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -134,12 +135,13 @@ def test_remat_policies_change_cost_but_no_gradient(params: Tree, documents: lis
     flops = {}
     policies: tuple[RematPolicy, ...] = ("none", "dots", "attention", "full")
     for remat in policies:
-        lowered = gradients.lower(params, tokens, layout, weights, remat=remat)
+        lowered: Any = gradients.lower(params, tokens, layout, weights, remat=remat)
         flops[remat] = lowered.cost_analysis()["flops"]
         compiled = lowered.compile()
         assert relative_distance(compiled(params, tokens, layout, weights), plain) < 1e-6, remat
-    # More is computed again the less is kept.
-    assert flops["none"] <= flops["dots"] < flops["attention"] < flops["full"]
+    # What is not kept is computed again; which of the two in the middle costs more depends on the length.
+    assert flops["none"] < min(flops["dots"], flops["attention"])
+    assert max(flops["dots"], flops["attention"]) < flops["full"]
 
 
 def test_bf16_is_near_fp32(params: Tree, documents: list[np.ndarray]):
@@ -159,7 +161,7 @@ def test_constrain_sees_the_stream_and_each_layer(params: Tree, documents: list[
         return tree
 
     tokens, layout = rows_of(documents, ROOM)
-    jax.eval_shape(lambda *args: forward(*args, CONFIG, constrain=constrain), params, tokens, layout)
+    jax.eval_shape(partial(forward, config=CONFIG, constrain=constrain), params, tokens, layout)
     stream = ("activations", (1, ROOM, CONFIG.hidden_size))
     one_layer = ("layer", jax.tree.map(lambda leaf: leaf.shape[1:], params["layers"]))
     assert seen == [stream, one_layer, stream]

@@ -1,0 +1,198 @@
+"""Draws completions for a file of prompts.
+
+    python -m r1jax.generate --model_name_or_path DIR --prompts IN.jsonl --output OUT.jsonl [--num_generations N] ...
+
+A row has `prompt` (text, read as it is) or `messages` (put through the chat template); the same rows come out with
+`generations`: [{text, token_ids, logprobs, finish_reason}]. token_ids end with the stop token that ended the text.
+Started again, it keeps the rows that are finished; the result is that of a run that was never cut off.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from r1jax import commands
+from r1jax.checkpoints import hub
+from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
+from r1jax.checkpoints.hf import load_params, read_config
+from r1jax.config.errors import need, require
+from r1jax.models.config import DecoderConfig
+from r1jax.models.decoding import unstack
+from r1jax.models.families import decoder_config
+from r1jax.models.parameters import abstract_params
+from r1jax.rollout import sample_file
+from r1jax.rollout.sampler import Completion, Sampler, check_prompt, check_settings
+
+logger = logging.getLogger("r1jax.generate")
+
+
+class Model(NamedTuple):
+    """What a model directory says before its weights are read."""
+
+    directory: Path
+    config: DecoderConfig
+    tokenizer: Any
+    stop_ids: list[int]
+    """Every token that ends an answer."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 when every row has its generations."""
+    return commands.run(_generate, sys.argv[1:] if argv is None else argv)
+
+
+def _generate(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    _check(args)
+    configure_jax(args.dtype)
+    output = Path(args.output)
+    rows = sample_file.read_prompts(Path(args.prompts))
+    done = sample_file.finished(output, rows, _settings(args))
+    model = open_model(args.model_name_or_path)
+    prompts = [sample_file.encode_prompt(row, model.tokenizer) for row in rows]
+    for row, prompt in zip(rows, prompts, strict=True):
+        check_prompt(prompt, model.config, args.max_new_tokens, f"line {row.line}")
+    if done.rows == len(rows):
+        logger.info("%s holds all %d rows already; remove it to draw them again", output, done.rows)
+        return 0
+    if not model.stop_ids:
+        logger.warning("the model names no token that ends an answer: all have %d tokens", args.max_new_tokens)
+    sampler = load_sampler(model, args.dtype)
+    sample_file.begin(output, done, _settings(args))
+    num_tokens = _draw(sampler, model, args, rows, prompts, done.rows)
+    kept = f", {done.rows} of them from before" if done.rows else ""
+    line = f"{output}: {len(rows)} rows{kept}, {args.num_generations} generations each; {num_tokens:,} tokens drawn"
+    Console(soft_wrap=True, highlight=False).print(line, markup=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = commands.ArgumentParser("python -m r1jax.generate", "Draws completions for a file of prompts.")
+    parser.add_argument("--model_name_or_path", required=True, help="directory in Hugging Face format, or a hub id")
+    parser.add_argument("--prompts", required=True, help="JSON lines with `prompt` (text) or `messages`")
+    parser.add_argument("--output", required=True, help="JSON lines that get the rows and their generations")
+    parser.add_argument("--engine", default="jax", help="who samples: jax (vllm is not built yet)")
+    parser.add_argument("--vllm_server_url", help="for --engine vllm, which is not built yet")
+    parser.add_argument("--num_generations", type=int, default=1, help="completions of each row (1)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens that hold this (1.0)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest completion in tokens (256)")
+    parser.add_argument("--seed", type=int, default=42, help="the same seed draws the same completions (42)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="completions drawn at a time; changes no sample (32)"
+    )
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for what needs no file to be seen as wrong."""
+    if args.engine == "vllm" or args.vllm_server_url:
+        raise need(
+            "engine", "jax", "vllm", "the vLLM engine is not built yet; leave --engine and --vllm_server_url out"
+        )
+    require(args.engine == "jax", "engine", "jax", args.engine, "it is the only engine so far")
+    require(0 <= args.seed < 2**32, "seed", "0 <= x < 2**32", args.seed, "choose a number in that range")
+    check_settings(args.num_generations, args.temperature, args.top_p, args.max_new_tokens, args.batch_size)
+    same = Path(args.output).absolute() == Path(args.prompts).absolute()
+    require(not same, "output", "another file than --prompts", args.output, "name another file")
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a completion depends on besides its row."""
+    names = ("model_name_or_path", "num_generations", "temperature", "top_p", "max_new_tokens", "seed", "dtype")
+    return {name: getattr(args, name) for name in names}
+
+
+def configure_jax(dtype: str) -> None:
+    """Sets JAX's process-wide flags; must come before any device is used."""
+    if dtype == "float32":
+        # JAX's default is TF32 on GPU and bfloat16 on TPU.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "r1jax" / "compiled"))
+
+
+def open_model(name_or_path: str) -> Model:
+    """The model's configuration and tokenizer; raises `UserError` for a model that cannot be read or run."""
+    # Imported here: transformers takes seconds, which a usage error should not wait for.
+    from r1jax.data.templates import prepare_tokenizer
+
+    directory = hub.resolve(name_or_path)
+    hf_config = read_config(directory)
+    config = decoder_config(hf_config)
+    tokenizer = prepare_tokenizer(directory)
+    generation = generation_config(read_generation_config(directory), hf_config, tokenizer)
+    return Model(directory, config, tokenizer, stop_ids(generation.get("eos_token_id")))
+
+
+def load_sampler(model: Model, dtype: str = "float32") -> Sampler:
+    """A sampler with the model's weights on the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: device, abstract_params(model.config))
+    params = load_params(model.directory, model.config, shardings, jnp.dtype(dtype))
+    return Sampler(params=jax.jit(unstack, static_argnames="dtype")(params, dtype), config=model.config)
+
+
+def _draw(
+    sampler: Sampler,
+    model: Model,
+    args: argparse.Namespace,
+    rows: Sequence[sample_file.PromptRow],
+    prompts: Sequence[Sequence[int]],
+    first: int,
+) -> int:
+    """Tokens drawn for the rows from `first` on, which are appended to the output a batch at a time."""
+    size = max(1, args.batch_size // args.num_generations)
+    started, num_tokens = time.perf_counter(), 0
+    with _progress() as progress:
+        task = progress.add_task("rows", total=len(rows), completed=first, speed="")
+        for start in range(first, len(rows), size):
+            part = range(start, min(start + size, len(rows)))
+            drawn = sampler.generate(
+                [prompts[index] for index in part],
+                num_generations=args.num_generations,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                max_new_tokens=args.max_new_tokens,
+                stop_ids=model.stop_ids,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                prompt_ids=part,
+            )
+            generations = [[as_json(one, model) for one in completions] for completions in drawn]
+            sample_file.append(Path(args.output), [rows[index].row for index in part], generations)
+            num_tokens += sum(len(one.token_ids) for completions in drawn for one in completions)
+            speed = num_tokens / (time.perf_counter() - started)
+            progress.update(task, completed=part.stop, speed=f"{speed:,.0f} tokens/s")
+    return num_tokens
+
+
+def _progress() -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[speed]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def as_json(completion: Completion, model: Model) -> dict[str, Any]:
+    """The completion as the output file has it; the text leaves special tokens and the stop token out."""
+    ended = completion.finish_reason == "stop"
+    text = completion.token_ids[:-1] if ended else completion.token_ids
+    return {
+        "text": model.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        "token_ids": list(completion.token_ids),
+        "logprobs": list(completion.logprobs),
+        "finish_reason": completion.finish_reason,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The memory estimate of a run, shown before anything is compiled, and the advice when memory runs out after all."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from rich.console import Console
+
+from r1jax import footprint
+from r1jax.config.errors import RunFailure
+from r1jax.config.schema import RunConfig
+from r1jax.models.config import DecoderConfig
+from r1jax.models.transformer import RematPolicy
+from r1jax.objectives.cross_entropy import default_chunk
+from r1jax.sharding.mesh import data_shards
+from r1jax.sharding.rules import shardings
+from r1jax.training.state import StateLayout
+
+
+def remat_of(config: RunConfig) -> RematPolicy:
+    """What the backward pass recomputes."""
+    return config.model.remat_policy if config.model.gradient_checkpointing else "none"
+
+
+def estimate_memory(
+    config: RunConfig, decoder: DecoderConfig, layout: StateLayout, row_length: int
+) -> footprint.Footprint:
+    """The footprint of a step on rows of at most row_length tokens, printed on the first process."""
+    workload = footprint.Workload(
+        rows=config.batch.per_device_train_batch_size,
+        row_length=row_length,
+        compute_dtype=config.model.compute_dtype,
+        remat=remat_of(config),
+        loss_chunk_size=config.model.loss_chunk_size or default_chunk(decoder.vocab_size),
+        zero_stage=config.mesh.zero_stage,
+        state_shards=data_shards(layout.mesh),
+        tensor_shards=layout.mesh.shape["tensor"],
+        optim=config.optimizer.optim,
+    )
+    places = layout.shardings
+    estimate = footprint.estimate(
+        params=layout.abstract.params,
+        param_shardings=places.params,
+        gradient_shardings=shardings(layout.mesh, layout.specs.gradients),
+        optimizer=layout.abstract.optimizer,
+        optimizer_shardings=places.optimizer,
+        config=decoder,
+        workload=workload,
+    )
+    if jax.process_index() == 0:
+        limit = footprint.device_limit(jax.local_devices()[0])
+        Console(stderr=True).print(footprint.table(estimate, limit))
+    return estimate
+
+
+@contextlib.contextmanager
+def out_of_memory_named(estimate: footprint.Footprint) -> Iterator[None]:
+    """Turns a device's out-of-memory error into the line that names the key to turn."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        advice = footprint.advice(str(error), estimate)
+        if not advice:
+            raise
+        raise RunFailure(advice) from error
