@@ -27,8 +27,9 @@ def default_chunk(vocab_size: int) -> int:
 
 
 def _chunked(tokens: Array, chunk: int) -> Array:
-    """[tokens, ...] as [chunks, chunk, ...], zeros at the end."""
+    """[tokens, ...] as equal chunks [chunks, at most chunk, ...], the fewest zeros possible at the end."""
     count = -(-tokens.shape[0] // chunk)
+    chunk = -(-tokens.shape[0] // count)
     widths = [(0, count * chunk - tokens.shape[0])] + [(0, 0)] * (tokens.ndim - 1)
     return jnp.pad(tokens, widths).reshape(count, chunk, *tokens.shape[1:])
 

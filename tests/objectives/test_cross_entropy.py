@@ -1,0 +1,176 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from r1jax.config.mesh import MeshConfig
+from r1jax.objectives.cross_entropy import CHUNK_ELEMENTS, default_chunk, token_logprobs
+from r1jax.sharding.mesh import make_mesh
+
+ROWS, TOKENS, WIDTH, VOCAB = 8, 7, 12, 40
+MESHES = [{"mesh_fsdp": 8}, {"mesh_data": 2, "mesh_fsdp": 4}, {"mesh_fsdp": 4, "mesh_tensor": 2}]
+
+
+def random_case(rows: int = ROWS) -> tuple[np.ndarray, ...]:
+    """hidden, kernel, targets, cotangent; the targets include the first and the last of the vocabulary."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, VOCAB, (rows, TOKENS)).astype(np.int32)
+    targets[0, 0], targets[-1, -1] = 0, VOCAB - 1
+    hidden, kernel = rng.normal(size=(rows, TOKENS, WIDTH)), rng.normal(size=(WIDTH, VOCAB))
+    weights = rng.uniform(-1, 1, (rows, TOKENS))
+    return hidden.astype(np.float32), kernel.astype(np.float32), targets, weights.astype(np.float32)
+
+
+def by_hand(hidden, kernel, targets, weights):
+    """Log-probabilities, is-top and the gradients of sum(weights * logprobs), all logits at once, in float64."""
+    wide, columns = hidden.astype(np.float64), kernel.astype(np.float64)
+    logits = wide @ columns
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    onehot = np.eye(kernel.shape[1])[targets]
+    slope = weights[..., None] * (onehot - np.exp(logprobs))
+    kernel_gradient = np.einsum("btd,btv->dv", wide, slope)
+    return (logprobs * onehot).sum(-1), logits.argmax(-1) == targets, slope @ columns.T, kernel_gradient
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def ours(hidden, kernel, targets, weights, chunk, mesh=None):
+    """The same four, of our function."""
+
+    def weighted(hidden, kernel):
+        logprobs, is_top = token_logprobs(hidden, kernel, targets, chunk, mesh)
+        return jnp.sum(weights * logprobs), (logprobs, is_top)
+
+    gradients, values = jax.grad(weighted, argnums=(0, 1), has_aux=True)(hidden, kernel)
+    return *values, *gradients
+
+
+def assert_same(actual, expected, tolerance: float):
+    for one, other in zip(actual, expected, strict=True):
+        if one.dtype == bool:
+            np.testing.assert_array_equal(one, other)
+        else:
+            error = np.linalg.norm(np.asarray(one, np.float64) - other) / np.linalg.norm(other)
+            assert error <= tolerance
+
+
+def test_three_tokens_by_hand():
+    """Logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8; slopes are weight * (onehot - softmax)."""
+    hidden, kernel = jnp.ones((1, 3, 1)), jnp.log(jnp.asarray([[1.0, 2.0, 5.0]]))
+    weights = jnp.asarray([[1.0, 2.0, 0.0]])
+    logprobs, is_top, hidden_gradient, kernel_gradient = ours(hidden, kernel, jnp.asarray([[0, 1, 2]]), weights, 2)
+    np.testing.assert_allclose(logprobs, np.log([[1 / 8, 2 / 8, 5 / 8]]), rtol=1e-6)
+    assert is_top.tolist() == [[False, False, True]]
+    first, second = np.asarray([7, -2, -5]) / 8, 2 * np.asarray([-1, 6, -5]) / 8
+    np.testing.assert_allclose(kernel_gradient[0], first + second, rtol=1e-6)
+    slopes = np.stack([first, second, 0 * first])
+    np.testing.assert_allclose(hidden_gradient[0, :, 0], slopes @ np.log([1, 2, 5]), rtol=1e-6)
+
+
+# 56 tokens: single ones, chunks that do not divide, one that does, exactly all, more than all.
+@pytest.mark.parametrize("chunk", [1, 9, 14, 56, 1000])
+def test_values_and_gradients_for_any_chunk(chunk):
+    case = random_case()
+    assert_same(ours(*case, chunk), by_hand(*case), 1e-6)
+
+
+def test_equally_likely_tokens_are_all_top():
+    kernel = jnp.asarray([[3.0, 3.0, 1.0]])
+    _, is_top = token_logprobs(jnp.ones((1, 3, 1)), kernel, jnp.asarray([[0, 1, 2]]), 3, None)
+    assert is_top.tolist() == [[True, True, False]]
+
+
+def test_large_logits_stay_finite():
+    """Logits 1e4 and 0: exp overflows unless the largest is taken off first."""
+    hidden, kernel = jnp.full((1, 2, 1), 100.0), jnp.asarray([[100.0, 0.0]])
+    logprobs, _, *gradients = ours(hidden, kernel, jnp.asarray([[0, 1]]), jnp.ones((1, 2)), 1)
+    assert logprobs.tolist() == [[0.0, -1e4]]
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in gradients)
+
+
+def test_bfloat16_keeps_float32_logits():
+    """Inputs and gradients are bfloat16; sums and log-probabilities are not: 40 equal logits give ln 40 to 1e-6."""
+    hidden, kernel, targets, weights = (jnp.asarray(leaf) for leaf in random_case())
+    half = hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    logprobs, _, *gradients = ours(*half, targets, weights, 16)
+    assert logprobs.dtype == jnp.float32 and {leaf.dtype for leaf in gradients} == {jnp.dtype(jnp.bfloat16)}
+    # Against float64 on the same rounded inputs: only the gradients are rounded, to 8 bits.
+    expected = by_hand(*(np.asarray(leaf.astype(jnp.float32)) for leaf in half), *map(np.asarray, (targets, weights)))
+    assert_same([logprobs], [expected[0]], 1e-6)
+    assert_same(gradients, expected[2:], 5e-3)
+    uniform, _ = token_logprobs(half[0], jnp.zeros_like(half[1]), targets, 16, None)
+    np.testing.assert_allclose(uniform, -np.log(VOCAB), rtol=1e-6)
+
+
+def on_mesh(shape: dict[str, int]):
+    """The mesh, and the shardings of hidden, kernel, targets and weights on it."""
+    mesh = make_mesh(MeshConfig(**shape))
+    rows = PartitionSpec(("data", "fsdp"))
+    specs = (rows, PartitionSpec(None, "tensor"), rows, rows)
+    return mesh, tuple(NamedSharding(mesh, spec) for spec in specs)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_eight_devices_equal_one(shape):
+    case = random_case()
+    mesh, places = on_mesh(shape)
+    sharded = [jax.device_put(leaf, place) for leaf, place in zip(case, places, strict=True)]
+    assert_same(ours(*sharded, 4, mesh), [np.asarray(leaf) for leaf in ours(*case, 9)], 1e-6)
+
+
+def compiled_at(rows, tokens, width, vocab, chunk, mesh=None, places=None):
+    shapes = [((rows, tokens, width), "float32"), ((width, vocab), "float32"), ((rows, tokens), "int32")]
+    shapes.append(((rows, tokens), "float32"))
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for (shape, dtype), place in zip(shapes, places or [None] * 4, strict=True)
+    ]
+    return ours.lower(*arguments, chunk, mesh).compile()
+
+
+@pytest.mark.parametrize(("chunk", "whole"), [(256, False), (4096, True)])
+def test_logits_are_never_whole(chunk, whole):
+    """4096 tokens x 8192 ids are 128 MiB of logits; in chunks of 256 forward and backward need a tenth. The control,
+    one chunk of everything, shows that both measurements see whole logits where there are any."""
+    compiled = compiled_at(8, 512, 32, 8192, chunk)
+    logits_bytes = 4096 * 8192 * 4
+    of_logits_shape = re.findall(r"f32\[(?:4096,8192|8192,4096|8,512,8192)\]", compiled.as_text())
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert (temporary > logits_bytes) == whole
+    assert bool(of_logits_shape) == whole
+    assert whole or temporary < 0.2 * logits_bytes
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_work_is_shared_by_all_devices(shape):
+    """At most 1.05 x total / 8 FLOPs a device. XLA counts a loop's body once whatever its number of turns, so each
+    device (and the single one) gets exactly one chunk, which is not made a loop."""
+    mesh, places = on_mesh(shape)
+    size = {"rows": 8, "tokens": 128, "width": 128, "vocab": 2048}
+    flops = compiled_at(**size, chunk=1024).cost_analysis()["flops"]
+    tokens_per_device = 1024 // (mesh.shape["data"] * mesh.shape["fsdp"])
+    compiled = compiled_at(**size, chunk=tokens_per_device, mesh=mesh, places=places)
+    assert "while(" not in compiled.as_text()
+    assert flops > 3 * 2 * 1024 * 128 * 2048  # at least the three products that cannot be left out
+    assert compiled.cost_analysis()["flops"] <= 1.05 * flops / 8
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_kernel_gradient_is_summed_over_devices_once(shape):
+    """Not once a chunk: outside the loops, which here turn four times."""
+    mesh, places = on_mesh(shape)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    text = compiled_at(8, 128, 48, 512, 1024 // shards // 4, mesh, places).as_text()
+    inner, outer = text.split("\nENTRY ")
+    kernel = rf"all-reduce[\w-]*\(.*f32\[48,{512 // mesh.shape['tensor']}\]|f32\[48,{512 // mesh.shape['tensor']}\].*? all-reduce"
+    assert "while(" in outer
+    assert not re.search(kernel, inner)
+    assert len(re.findall(kernel, outer)) == 1
+
+
+def test_default_chunk_bounds_the_logits():
+    assert default_chunk(2**16) * 2**16 == CHUNK_ELEMENTS
+    assert default_chunk(2**25) == 128
