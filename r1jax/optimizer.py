@@ -106,7 +106,7 @@ def update(
     config: OptimizerConfig, schedule: Schedule, grads: Tree, state: dict[str, Any], params: Tree
 ) -> tuple[Tree, dict[str, Any], dict[str, Float[Array, ""]]]:
     """(new parameters, new state, {grad_norm before clipping, learning_rate}); decoupled decay (Loshchilov 2019)."""
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     if config.max_grad_norm > 0:
         grads, _ = optax.clip_by_global_norm(config.max_grad_norm).update(grads, optax.EmptyState())
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer counts

@@ -173,6 +173,8 @@ def train_model(
         }
         checkpoints.save(done, tree, about)
 
+    if config.evaluation.eval_on_start and held_out is not None and int(state.step) == 0:
+        recorder.emit(0, measure(state))
     final, done = loop.run(
         state,
         inputs(),

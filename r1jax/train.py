@@ -42,6 +42,8 @@ def _train(argv: list[str]) -> int:
     os.environ.update(resolved.env)
     configure_jax(run)
     initialize_processes()
+    if jax.process_index() != 0:
+        commands.configure_logging("warning")  # the first process speaks for all
     # Imported here: datasets and transformers read the environment, which `env:` may have set, when they are imported.
     from r1jax import sft
 

@@ -17,6 +17,9 @@ class EvaluationConfig:
     eval_steps: int | float | None = None
     """Steps between evaluations, or a fraction of the run; null means logging_steps."""
 
+    eval_on_start: bool = False
+    """Also evaluate before the first update."""
+
     eval_packing: bool | None = None
     """Pack the held-out rows; null means as packing says."""
 

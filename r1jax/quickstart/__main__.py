@@ -1,0 +1,82 @@
+"""From nothing to a trained and exported model on a CPU, through the real commands.
+
+    python -m r1jax.quickstart [--output_dir outputs/quickstart] [--seed 0] [--num_problems 200] [--key value ...]
+
+Makes a task, a tokenizer and a small random Qwen3 model, measures it on held-out problems, fine-tunes it with
+configs/quickstart/sft.yaml and measures it again. Other keys go to that recipe, as in `--learning_rate 1e-3`.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from r1jax import commands, generate, train
+from r1jax.config.errors import at_least, need, require
+from r1jax.quickstart import story
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "configs" / "quickstart" / "sft.yaml"
+NUM_TRAIN = 20_000
+"""Training problems; the recipe says how many of them it sees."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 when the model is trained, measured and exported."""
+    return commands.run(_quickstart, sys.argv[1:] if argv is None else argv)
+
+
+def _quickstart(argv: list[str]) -> int:
+    started = time.perf_counter()
+    args, recipe_keys = _parser().parse_known_args(argv)
+    _check(args)
+    if not os.environ.get("JAX_PLATFORMS"):
+        # The recipe is made for one CPU device: several accelerators would multiply its batch.
+        jax.config.update("jax_platforms", "cpu")
+    generate.configure_jax("float32")
+    # Imported here: transformers takes seconds, which a usage error should not wait for.
+    from r1jax.quickstart.base_model import write_base_model
+    from r1jax.quickstart.measure import measure
+    from r1jax.quickstart.problems import held_out_problems, write_dataset
+
+    console = Console(highlight=False)
+    folder, seed = Path(args.output_dir), args.seed
+    base, data, trained = folder / "base", folder / "data", folder / "sft"
+    command = _train_command(base, data, trained, seed, recipe_keys)
+    problems = held_out_problems(args.num_problems)
+
+    story.open_with(console, folder)
+    story.stage(console, 1, "a model that knows nothing, and something to learn")
+    num_weights = write_base_model(base, seed)
+    write_dataset(data, num_train=NUM_TRAIN, num_test=args.num_problems, seed=seed)
+    story.tell_material(console, problems[0], base, data, num_weights=num_weights, num_train=NUM_TRAIN)
+    story.stage(console, 2, "what it can do before training")
+    before = measure(base, problems, seed)
+    story.tell_measurement(console, before, len(problems))
+    story.stage(console, 3, "supervised fine-tuning")
+    story.tell_command(console, ["python", "-m", "r1jax.train", *command])
+    if code := train.main(command):
+        return code
+    story.stage(console, 4, "what it can do now")
+    after = measure(trained, problems, seed)
+    story.tell_measurement(console, after, len(problems))
+    story.show_answers(console, problems, before, after)
+    seconds = time.perf_counter() - started
+    summary = {
+        "accuracy_base": before.accuracy,
+        "accuracy_sft": after.accuracy,
+        "standard_error_sft": after.standard_error,
+        "num_problems": len(problems),
+        "num_weights": num_weights,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    story.close_with(console, folder, before, after, seconds)
+    return 0

@@ -1,0 +1,1 @@
+"""What the quickstart tells on the way."""
