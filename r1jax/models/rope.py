@@ -20,9 +20,9 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 def frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
     """Radians per position of each pair of dimensions, float32 [head_dim / 2]; a constant of the model."""
-    # Roundings where transformers has them, or an angle at position 8192 differs by up to 1e-3: exponents, powers and
-    # their inverses each in float32. The power itself in float64: numpy's float32 one is off by a unit in the last
-    # place for one in five, torch's for hardly any (SmolLM2-135M's logits: 1.0e-4 from transformers', else {X}).
+    # Rounded to float32 where transformers rounds: in float64 the angle at position 8192 differs by up to 1e-3. Only
+    # the power is taken in float64 first: numpy's float32 power is a unit in the last place away from torch's for one
+    # frequency in ten or more, this one for hardly any.
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = (np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
     plain = np.float32(1.0) / powers

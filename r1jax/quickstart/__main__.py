@@ -9,7 +9,6 @@ configs/quickstart/sft.yaml and measures it again. Other keys go to that recipe,
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -80,3 +79,34 @@ def _quickstart(argv: list[str]) -> int:
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     story.close_with(console, folder, before, after, seconds)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = commands.ArgumentParser("python -m r1jax.quickstart", "Trains the built-in example on this machine's CPU.")
+    parser.add_argument("--output_dir", default="outputs/quickstart", help="gets all files (outputs/quickstart)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the training problems and their order (0)")
+    parser.add_argument("--num_problems", type=int, default=200, help="held-out problems to measure on (200)")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for what would fail later."""
+    require(0 <= args.seed < 2**32, "seed", "0 <= x < 2**32", args.seed, "choose a number in that range")
+    at_least("num_problems", args.num_problems, 1, "200 is the default")
+    folder = Path(args.output_dir)
+    require(not folder.exists() or folder.is_dir(), "output_dir", "a folder", args.output_dir, "name another")
+    if not RECIPE.is_file():
+        raise need("quickstart", f"the recipe {RECIPE}", "an installation without it", "run it from a checkout")
+
+
+def _train_command(base: Path, data: Path, trained: Path, seed: int, recipe_keys: list[str]) -> list[str]:
+    """The arguments of r1jax.train, the recipe's own where they are the same; an earlier run is replaced."""
+    recipe = RECIPE.relative_to(Path.cwd()) if RECIPE.is_relative_to(Path.cwd()) else RECIPE
+    keys = {"model_name_or_path": base, "dataset_name": data, "output_dir": trained, "seed": seed}
+    given = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+    afresh = ["--resume_from_checkpoint", "false", "--overwrite_output_dir", "true"]
+    return ["--config", str(recipe), *given, *afresh, *recipe_keys]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -53,7 +53,10 @@ class Problem:
 def draw(numbers: random.Random, *, held_out: bool) -> Iterator[Problem]:
     """Problems without end, of one of the two kinds."""
     while True:
-        factors, terms = (numbers.randint(2, 9), numbers.randint(2, 9)), (numbers.randint(10, 99), numbers.randint(10, 99))
+        factors, terms = (
+            (numbers.randint(2, 9), numbers.randint(2, 9)),
+            (numbers.randint(10, 99), numbers.randint(10, 99)),
+        )
         problem = Problem(*factors, *terms)
         if problem.held_out == held_out:
             yield problem
@@ -92,12 +95,14 @@ def row(problem: Problem) -> dict[str, Any]:
 
 
 def write_dataset(directory: Path, *, num_train: int, num_test: int, seed: int) -> None:
-    """Writes train.jsonl, drawn with the seed, and test.jsonl, always the same."""
+    """Writes train.jsonl, drawn with the seed, test.jsonl, always the same, and questions.jsonl: that without answers."""
     directory.mkdir(parents=True, exist_ok=True)
     drawn = draw(random.Random(seed), held_out=False)
-    _write(directory / "train.jsonl", [next(drawn) for _ in range(num_train)])
-    _write(directory / "test.jsonl", held_out_problems(num_test))
+    _write(directory / "train.jsonl", [row(next(drawn)) for _ in range(num_train)])
+    test = [row(problem) for problem in held_out_problems(num_test)]
+    _write(directory / "test.jsonl", test)
+    _write(directory / "questions.jsonl", [{**one, "messages": one["messages"][:1]} for one in test])
 
 
-def _write(path: Path, problems: list[Problem]) -> None:
-    path.write_text("".join(json.dumps(row(problem)) + "\n" for problem in problems), encoding="utf-8")
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")

@@ -1,1 +1,125 @@
-"""What the quickstart tells on the way."""
+"""What the quickstart tells on the way: to somebody who sees these commands for the first time."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from r1jax.quickstart.measure import NUM_SAMPLES, Measurement
+from r1jax.quickstart.problems import Problem, answer_in, response
+
+NUM_STAGES = 4
+
+
+def open_with(console: Console, folder: Path) -> None:
+    """Says what will happen."""
+    text = (
+        "A small model learns to think before it answers, on this machine's CPU, through the commands that train a "
+        "large one.\nEverything is made here and nothing is downloaded: a task, a tokenizer, a Qwen3 model with random "
+        f"weights.\nAll files go to {folder}."
+    )
+    console.print(Panel(Text(text), title="r1jax quickstart", padding=(1, 2)))
+
+
+def stage(console: Console, number: int, title: str) -> None:
+    """Begins a stage."""
+    console.print()
+    console.rule(f"{number}/{NUM_STAGES}  {title}", align="left")
+
+
+def tell_material(
+    console: Console, problem: Problem, base: Path, data: Path, *, num_weights: int, num_train: int
+) -> None:
+    """Shows the model, the data and what one row asks and answers."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("model", Text(f"{base}  Qwen3 architecture, {num_weights:,} random weights, a token a character"))
+    table.add_row("data", Text(f"{data}  {num_train:,} problems to train on, and others held out by their hash"))
+    table.add_row("question", Text(problem.question))
+    table.add_row("answer", Text(one_line(response(problem))))
+    console.print(table)
+
+
+def tell_measurement(console: Console, found: Measurement, num_problems: int) -> None:
+    """Shows the accuracy and how it was measured."""
+    console.print(
+        f"[bold]{found.accuracy:.1%}[/bold] right (standard error {found.standard_error:.1%}): "
+        f"{num_problems} held-out problems, {NUM_SAMPLES} samples of each at temperature 1"
+    )
+
+
+def tell_command(console: Console, command: Sequence[str]) -> None:
+    """Shows the command that comes next, as one could type it."""
+    console.print(Text(shlex.join(command), style="cyan"), soft_wrap=True)
+
+
+def show_answers(console: Console, problems: list[Problem], before: Measurement, after: Measurement) -> None:
+    """Shows the first sample of some problems, before and after, right and wrong ones among them."""
+    table = Table(title="the same questions before and after", title_justify="left", show_lines=True)
+    for heading in ("question", "before", "after"):
+        table.add_column(heading)
+    for index in chosen(problems, after):
+        problem = problems[index]
+        cells = [_marked(problem, found.texts[index][0]) for found in (before, after)]
+        table.add_row(Text(f"{problem.question}\n({problem.answer})"), *cells)
+    console.print(table)
+
+
+def chosen(problems: list[Problem], found: Measurement) -> list[int]:
+    """Indices of the first three problems whose first sample is right and the first one where it is wrong."""
+    right = [_is_right(problem, texts[0]) for problem, texts in zip(problems, found.texts, strict=True)]
+    good, bad = ([index for index, ok in enumerate(right) if ok == wish] for wish in (True, False))
+    return [*good[:3], *bad[:1]]
+
+
+def _marked(problem: Problem, text: str) -> Text:
+    """The text with a mark for right or wrong."""
+    right = _is_right(problem, text)
+    shown = Text(one_line(text)[:120])
+    return shown.append("  ✓" if right else "  ✗", style="bold green" if right else "bold red")
+
+
+def _is_right(problem: Problem, text: str) -> bool:
+    return answer_in(text) == problem.answer
+
+
+def one_line(text: str) -> str:
+    """The text with its line breaks as spaces and nothing that a terminal would act upon."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def close_with(console: Console, folder: Path, before: Measurement, after: Measurement, seconds: float) -> None:
+    """Sums up and says what to do next."""
+    trained = folder / "sft"
+    lines = Text()
+    lines.append(f"{before.accuracy:.1%} -> {after.accuracy:.1%} of held-out problems, in {seconds:.0f} seconds.\n\n")
+    lines.append(f"{trained}\n", style="bold")
+    lines.append("  the model as transformers and vLLM load it; metrics.jsonl, config.yaml and runs/ (tensorboard)\n")
+    lines.append(f"{folder / 'summary.json'}\n", style="bold")
+    lines.append("  these numbers\n\nNext:\n")
+    for command, what in _next_commands(folder):
+        lines.append(f"  {command}\n", style="cyan").append(f"      {what}\n")
+    console.print()
+    console.print(Panel(lines, title="done", padding=(1, 2)))
+
+
+def _next_commands(folder: Path) -> list[tuple[str, str]]:
+    """What to try after the quickstart, and why."""
+    model, questions, answers = (folder / name for name in ("sft", "data/questions.jsonl", "answers.jsonl"))
+    return [
+        (
+            f"python -m r1jax.generate --model_name_or_path {model} --prompts {questions} --output {answers}",
+            "ask it all held-out questions",
+        ),
+        (
+            "python -m r1jax.train --config configs/quickstart/sft.yaml --dry_run",
+            "every setting of the training, with where it came from; the file is a recipe to start from",
+        ),
+        (
+            "python -m r1jax.train --config configs/SmolLM2-135M-Instruct/sft.yaml",
+            "the same with a pretrained model and a real dataset from the hub",
+        ),
+    ]

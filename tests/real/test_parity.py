@@ -1,12 +1,17 @@
 """SmolLM2-135M-Instruct on GSM8K's text: the logits and the greedy tokens of transformers.
 
 The model is the one that `make test-real` writes, or the HF directory named by R1JAX_SMOLLM2.
+
+Its logits have a standard deviation of 7 and reach 45, so the tolerance scales with them: 1e-4 of a standard deviation.
+In absolute terms 1e-4 is what fp32 leaves open in this model: transformers' own eager and sdpa attention give logits
+1.5e-4 apart on this text (docs/parity.md).
 """
 
 import dataclasses
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +38,9 @@ logger = logging.getLogger(__name__)
 LENGTH = 600
 NEW_TOKENS = 64
 TOLERANCE = 1e-4
+"""Of a standard deviation of the logits: for the largest difference."""
+SHARE_BEYOND = 1e-3
+"""Share of the logits that may be further than 1e-4 apart in absolute terms."""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,7 @@ def theirs(directory: Path) -> Any:
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # beside others, waiting for threads costs more than they give
     return transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -98,17 +107,22 @@ def our_logits(params: dict[str, Any], tokens: np.ndarray, config: DecoderConfig
     return np.asarray(jax.jit(run)(params, tokens, layout))
 
 
-def largest_difference(params: dict[str, Any], tokens: np.ndarray, config: DecoderConfig, theirs: np.ndarray) -> float:
-    return float(np.abs(our_logits(params, tokens, config) - theirs).max())
+def check_logits(params: dict[str, Any], tokens: np.ndarray, config: DecoderConfig, theirs: np.ndarray) -> None:
+    """Raises unless our logits are those of transformers."""
+    differences = np.abs(our_logits(params, tokens, config) - theirs)
+    relative, beyond = differences.max() / theirs.std(), (differences > 1e-4).mean()
+    logger.info(
+        "largest difference %.2e, %.1e of a standard deviation; %.1e beyond", differences.max(), relative, beyond
+    )
+    assert relative < TOLERANCE, f"logits differ by {relative}"
+    assert beyond < SHARE_BEYOND
 
 
 def test_logits_equal_transformers(
     config: DecoderConfig, params: dict[str, Any], tokens: np.ndarray, their_logits: np.ndarray
 ):
     assert their_logits.std() >= 1
-    difference = largest_difference(params, tokens, config, their_logits)
-    logger.info("logits of std %.2f, largest difference %.1e", their_logits.std(), difference)
-    assert difference < TOLERANCE
+    check_logits(params, tokens, config, their_logits)
 
 
 def _interleaved_attend(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout) -> jax.Array:
@@ -133,9 +147,10 @@ def test_check_fails_on_a_mistake(
     }[mutation]
     if mutation == "gqa order":
         monkeypatch.setattr(transformer, "attend", _interleaved_attend)
-    difference = largest_difference(params, tokens, mutated, their_logits)
-    logger.info("%s: largest difference %.1e", mutation, difference)
-    assert difference > 10 * TOLERANCE
+    with pytest.raises(AssertionError) as failure:
+        check_logits(params, tokens, mutated, their_logits)
+    found = re.match(r"logits differ by ([\d.]+)", str(failure.value))
+    assert found and float(found.group(1)) > 10 * TOLERANCE
 
 
 def generate_greedily(params: dict[str, Any], prompt: np.ndarray, config: DecoderConfig) -> list[int]:
