@@ -27,7 +27,7 @@ class R1JaxSide:
         decoder = decoder_config(case.hf_config)
         optim = OptimizerConfig(learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, lr_scheduler_type="constant")
         layout = lay_out(decoder, optim, make_mesh(MeshConfig(), jax.devices()[:1]), zero_stage=0)
-        remat = "full" if case.gradient_checkpointing else "none"
+        remat = "full" if case.gradient_checkpointing else "dots"
         constrain = make_constrain(layout.mesh, layout.specs)
         loss = make_nll(decoder, dtype=case.compute_dtype, remat=remat, constrain=constrain, mesh=layout.mesh)
         step = make_train_step(loss, optim, optimizer.make_schedule(optim, 1), layout)

@@ -31,7 +31,7 @@ class Workload:
     compute_dtype: str
     """'float32' or 'bfloat16'."""
     remat: RematPolicy
-    """What the backward pass recomputes; 'none' when gradient_checkpointing is off."""
+    """What the backward pass recomputes; 'dots' when gradient_checkpointing is off."""
     loss_chunk_size: int
     """Tokens of one device whose logits exist at one time."""
     zero_stage: int
@@ -207,8 +207,8 @@ def _remedies(part: str, work: Workload) -> list[tuple[str, str]]:
         ],
         "compute copies": [(work.zero_stage < 3, "zero_stage", "set 3 to shard parameters")],
         "activations": [
-            (work.remat == "none", "gradient_checkpointing", "set true"),
-            (work.remat in ("attention", "dots"), "remat_policy", "set full"),
+            (work.remat in ("none", "dots"), "gradient_checkpointing", "set true"),
+            (work.remat == "attention", "remat_policy", "set full"),
             (work.rows > 1, *smaller_batch),
             (work.rows == 1, "max_length", f"set less than {work.row_length}"),
         ],

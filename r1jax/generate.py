@@ -118,7 +118,7 @@ def configure_jax(dtype: str) -> None:
     if dtype == "float32":
         # JAX's default is TF32 on GPU and bfloat16 on TPU.
         jax.config.update("jax_default_matmul_precision", "highest")
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "r1jax" / "compiled"))
 
 

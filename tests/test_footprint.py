@@ -129,7 +129,7 @@ def footprint_of(part, **work):
     ("part", "work", "key"),
     [
         ("activations", {"remat": "none"}, "gradient_checkpointing"),
-        ("activations", {"remat": "dots"}, "remat_policy"),
+        ("activations", {"remat": "attention"}, "remat_policy"),
         ("activations", {"remat": "full"}, "per_device_train_batch_size"),
         ("activations", {"remat": "full", "rows": 1}, "max_length"),
         ("optimizer", {"state_shards": 8, "zero_stage": 0}, "zero_stage"),

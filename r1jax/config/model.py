@@ -24,10 +24,10 @@ class ModelConfig:
     """Refused when true: float16 needs loss scaling, which r1jax does not have."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass (remat_policy says which) instead of keeping them."""
+    """Recompute layers in the backward pass (remat_policy); false keeps the results of matrix products and attention."""
 
-    remat_policy: Literal["full", "attention", "dots"] = "full"
-    """What is recomputed with gradient_checkpointing: whole layers, attention only, or all but matrix products."""
+    remat_policy: Literal["full", "attention"] = "full"
+    """With gradient_checkpointing: full keeps each layer's input alone, attention also the attention output."""
 
     chat_template: str | None = None
     """Jinja text that replaces the tokenizer's chat template; null keeps the tokenizer's own."""

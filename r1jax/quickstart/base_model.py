@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from r1jax.checkpoints.hf_export import export
+from r1jax.checkpoints.model_card import Card
 from r1jax.models.families import decoder_config
 from r1jax.models.parameters import init_params
 
@@ -78,6 +79,6 @@ def write_base_model(directory: Path, seed: int) -> int:
     description = hf_config(tokenizer)
     config = decoder_config(description)
     params = init_params(config, jax.random.key(seed))
-    card = {"name": "r1jax quickstart base model (random weights)"}
+    card = Card(name="r1jax quickstart base model (random weights)")
     export(directory, params, config=config, hf_config=description, tokenizer=tokenizer, card=card)
     return sum(leaf.size for leaf in jax.tree.leaves(params))

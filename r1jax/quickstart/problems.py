@@ -1,5 +1,7 @@
-"""The task: `7*8+36+59=?`, answered in R1's form with worked steps between <think> tags.
+"""The task: `7*8+5-9+4=?`, answered in R1's form, with the thinking between <think> tags.
 
+Answers come in two styles, as people's do: most work the problem out step by step, the others jump to the result. A
+small model can imitate both and be right with one only, which is for reinforcement learning to find out.
 Problems are held out by their hash, so what is trained on and what is measured on cannot meet, whatever is drawn.
 """
 
@@ -11,54 +13,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HELD_OUT_SHARE = 10
-"""One problem in so many is held out."""
+HELD_OUT_SHARE = 0.1
+"""Part of all problems that is held out."""
+WORKED_SHARE = 0.6
+"""Part of the training answers that is worked out."""
+NUM_TERMS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """a * b + c + d, with one-digit factors and two-digit terms."""
+    """A product of two digits and three digits added to it or taken from it, never below zero on the way."""
 
-    a: int
-    b: int
-    c: int
-    d: int
+    factors: tuple[int, int]
+    terms: tuple[int, ...]
+    """Negative ones are taken away."""
 
     @property
     def question(self) -> str:
         """The problem as the user puts it."""
-        return f"{self.a}*{self.b}+{self.c}+{self.d}=?"
+        a, b = self.factors
+        return f"{a}*{b}{''.join(f'{term:+d}' for term in self.terms)}=?"
+
+    @property
+    def results(self) -> list[int]:
+        """The product, and what there is after each term; the last one is the answer."""
+        found = [self.factors[0] * self.factors[1]]
+        for term in self.terms:
+            found.append(found[-1] + term)
+        return found
 
     @property
     def answer(self) -> int:
         """What it comes to."""
-        return self.a * self.b + self.c + self.d
-
-    @property
-    def steps(self) -> list[str]:
-        """The way there, one operation a line."""
-        product = self.a * self.b
-        return [
-            f"{self.a}*{self.b}={product}",
-            f"{product}+{self.c}={product + self.c}",
-            f"{product + self.c}+{self.d}={self.answer}",
-        ]
+        return self.results[-1]
 
     @property
     def held_out(self) -> bool:
         """Whether it is for measuring, never for training."""
-        return hashlib.sha256(self.question.encode()).digest()[0] % HELD_OUT_SHARE == 0
+        return hashlib.sha256(self.question.encode()).digest()[0] < HELD_OUT_SHARE * 256
 
 
 def draw(numbers: random.Random, *, held_out: bool) -> Iterator[Problem]:
     """Problems without end, of one of the two kinds."""
     while True:
-        factors, terms = (
-            (numbers.randint(2, 9), numbers.randint(2, 9)),
-            (numbers.randint(10, 99), numbers.randint(10, 99)),
-        )
-        problem = Problem(*factors, *terms)
-        if problem.held_out == held_out:
+        factors = (numbers.randint(2, 9), numbers.randint(2, 9))
+        terms = tuple(numbers.choice((-1, 1)) * numbers.randint(1, 9) for _ in range(NUM_TERMS))
+        problem = Problem(factors, terms)
+        if min(problem.results) >= 0 and problem.held_out == held_out:
             yield problem
 
 
@@ -72,9 +73,19 @@ def held_out_problems(count: int) -> list[Problem]:
     return list(found)
 
 
-def response(problem: Problem) -> str:
-    """The assistant's turn."""
-    thought = "\n".join(problem.steps)
+def response(problem: Problem, *, worked: bool) -> str:
+    """The assistant's turn: one operation a line, or the result at once."""
+    if worked:
+        a, b = problem.factors
+        results = problem.results
+        lines = [f"{a}*{b}={results[0]}"]
+        lines += [
+            f"{before}{term:+d}={after}"
+            for before, term, after in zip(results, problem.terms, results[1:], strict=False)
+        ]
+    else:
+        lines = [problem.question.replace("?", str(problem.answer))]
+    thought = "\n".join(lines)
     return f"<think>\n{thought}\n</think>\n<answer>\n{problem.answer}\n</answer>"
 
 
@@ -85,24 +96,23 @@ def answer_in(text: str) -> int | None:
     return int(inside) if opening and closing and inside.isascii() and inside.isdigit() else None
 
 
-def row(problem: Problem) -> dict[str, Any]:
+def row(problem: Problem, *, worked: bool) -> dict[str, Any]:
     """One line of a dataset; `solution` is what a reward will compare with."""
     messages = [
         {"role": "user", "content": problem.question},
-        {"role": "assistant", "content": response(problem)},
+        {"role": "assistant", "content": response(problem, worked=worked)},
     ]
     return {"messages": messages, "solution": str(problem.answer)}
 
 
 def write_dataset(directory: Path, *, num_train: int, num_test: int, seed: int) -> None:
-    """Writes train.jsonl, drawn with the seed, test.jsonl, always the same, and questions.jsonl: that without answers."""
+    """Writes train.jsonl, drawn with the seed, test.jsonl, always the same, and questions.jsonl, that unanswered."""
     directory.mkdir(parents=True, exist_ok=True)
-    drawn = draw(random.Random(seed), held_out=False)
-    _write(directory / "train.jsonl", [row(next(drawn)) for _ in range(num_train)])
-    test = [row(problem) for problem in held_out_problems(num_test)]
-    _write(directory / "test.jsonl", test)
-    _write(directory / "questions.jsonl", [{**one, "messages": one["messages"][:1]} for one in test])
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    numbers = random.Random(seed)
+    drawn = draw(numbers, held_out=False)
+    train = [row(next(drawn), worked=numbers.random() < WORKED_SHARE) for _ in range(num_train)]
+    test = [row(problem, worked=True) for problem in held_out_problems(num_test)]
+    questions = [{**one, "messages": one["messages"][:1]} for one in test]
+    for name, rows in (("train", train), ("test", test), ("questions", questions)):
+        text = "".join(json.dumps(one) + "\n" for one in rows)
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -39,7 +39,7 @@ def tell_material(
     table.add_row("model", Text(f"{base}  Qwen3 architecture, {num_weights:,} random weights, a token a character"))
     table.add_row("data", Text(f"{data}  {num_train:,} problems to train on, and others held out by their hash"))
     table.add_row("question", Text(problem.question))
-    table.add_row("answer", Text(one_line(response(problem))))
+    table.add_row("answer", Text(one_line(response(problem, worked=True))))
     console.print(table)
 
 

@@ -19,7 +19,7 @@ from r1jax.training.state import StateLayout
 
 def remat_of(config: RunConfig) -> RematPolicy:
     """What the backward pass recomputes."""
-    return config.model.remat_policy if config.model.gradient_checkpointing else "none"
+    return config.model.remat_policy if config.model.gradient_checkpointing else "dots"
 
 
 def estimate_memory(

@@ -68,7 +68,7 @@ def test_values_that_follow_from_others():
 
 def test_overruled_keys_are_reported():
     keys = {"max_steps": 5, "num_train_epochs": 1, "warmup_ratio": 0.1, "warmup_steps": 2, "wandb_project": "p"}
-    keys |= {"save_strategy": "epoch", "save_steps": 5, "remat_policy": "dots", "vllm_server_port": 1}
+    keys |= {"save_strategy": "epoch", "save_steps": 5, "remat_policy": "attention", "vllm_server_port": 1}
     assert config.resolve(BASE | keys).ignored == (
         ("num_train_epochs", "max_steps is positive and decides the length of the run"),
         ("remat_policy", "gradient_checkpointing is false"),

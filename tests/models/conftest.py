@@ -37,8 +37,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def _randomise(model: Any) -> None:
-    """Kernels that keep the stream's size, biases and norm scales away from 0 and 1, an untied embedding so small that
-    the first norm's epsilon shows."""
+    """Draws every parameter so that leaving any out shows: biases are not 0 and norm scales not 1.
+
+    An untied embedding is so small that the first norm's epsilon shows.
+    """
     import torch
 
     torch.manual_seed(20)

@@ -143,6 +143,7 @@ def assert_check_fails(reference: Reference, config: DecoderConfig, params: dict
     with pytest.raises(AssertionError) as failure:
         check_logits(reference, config, params)
     found = re.match(r"logits differ by ([\d.]+)", str(failure.value))
+    logger.info("mutated: largest difference %s", found and found.group(1))
     assert found and float(found.group(1)) > 10 * TOLERANCE
 
 
