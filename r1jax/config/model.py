@@ -24,7 +24,7 @@ class ModelConfig:
     """Refused when true: float16 needs loss scaling, which r1jax does not have."""
 
     gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass (remat_policy); false keeps the results of matrix products and attention."""
+    """Recompute layers in the backward pass (remat_policy); false keeps the results of all matrix products."""
 
     remat_policy: Literal["full", "attention"] = "full"
     """With gradient_checkpointing: full keeps each layer's input alone, attention also the attention output."""

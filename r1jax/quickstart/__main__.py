@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
 from r1jax import commands, generate, train
 from r1jax.config.errors import at_least, need, require
@@ -44,7 +43,7 @@ def _quickstart(argv: list[str]) -> int:
     from r1jax.quickstart.measure import measure
     from r1jax.quickstart.problems import held_out_problems, write_dataset
 
-    console = Console(highlight=False)
+    console = story.make_console()
     folder, seed = Path(args.output_dir), args.seed
     base, data, trained = folder / "base", folder / "data", folder / "sft"
     command = _train_command(base, data, trained, seed, recipe_keys)
@@ -65,6 +64,7 @@ def _quickstart(argv: list[str]) -> int:
     story.stage(console, 4, "what it can do now")
     after = measure(trained, problems, seed)
     story.tell_measurement(console, after, len(problems))
+    story.tell_styles(console, problems, after)
     story.show_answers(console, problems, before, after)
     seconds = time.perf_counter() - started
     summary = {

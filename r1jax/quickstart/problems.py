@@ -96,6 +96,12 @@ def answer_in(text: str) -> int | None:
     return int(inside) if opening and closing and inside.isascii() and inside.isdigit() else None
 
 
+def is_worked(text: str) -> bool:
+    """Whether a completion works the problem out, in more than one line."""
+    thought = text.partition("</think>")[0]
+    return thought.count("=") > 1
+
+
 def row(problem: Problem, *, worked: bool) -> dict[str, Any]:
     """One line of a dataset; `solution` is what a reward will compare with."""
     messages = [

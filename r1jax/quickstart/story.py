@@ -10,9 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from r1jax.quickstart.measure import NUM_SAMPLES, Measurement
-from r1jax.quickstart.problems import Problem, answer_in, response
+from r1jax.quickstart.problems import Problem, answer_in, is_worked, response
 
 NUM_STAGES = 4
+NUM_SHOWN = 4
+"""Problems whose answers are shown."""
+
+
+def make_console() -> Console:
+    """Standard output; in a file, lines are wide enough not to be broken."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
 
 
 def open_with(console: Console, folder: Path) -> None:
@@ -56,23 +64,25 @@ def tell_command(console: Console, command: Sequence[str]) -> None:
     console.print(Text(shlex.join(command), style="cyan"), soft_wrap=True)
 
 
+def tell_styles(console: Console, problems: list[Problem], found: Measurement) -> None:
+    """Shows how often the model works the problem out, and which style is right how often."""
+    samples = [(problem, text) for problem, texts in zip(problems, found.texts, strict=True) for text in texts]
+    for name, worked in (("worked out", True), ("at once", False)):
+        right = [_is_right(problem, text) for problem, text in samples if is_worked(text) == worked]
+        if right:
+            share, accuracy = len(right) / len(samples), sum(right) / len(right)
+            console.print(f"  {share:4.0%} of the answers are given {name}, and {accuracy:.0%} of these are right")
+
+
 def show_answers(console: Console, problems: list[Problem], before: Measurement, after: Measurement) -> None:
-    """Shows the first sample of some problems, before and after, right and wrong ones among them."""
-    table = Table(title="the same questions before and after", title_justify="left", show_lines=True)
+    """Shows the first sample of the first problems, before and after."""
+    table = Table(title="the first questions, before and after", title_justify="left", show_lines=True)
     for heading in ("question", "before", "after"):
         table.add_column(heading)
-    for index in chosen(problems, after):
-        problem = problems[index]
+    for index, problem in enumerate(problems[:NUM_SHOWN]):
         cells = [_marked(problem, found.texts[index][0]) for found in (before, after)]
         table.add_row(Text(f"{problem.question}\n({problem.answer})"), *cells)
     console.print(table)
-
-
-def chosen(problems: list[Problem], found: Measurement) -> list[int]:
-    """Indices of the first three problems whose first sample is right and the first one where it is wrong."""
-    right = [_is_right(problem, texts[0]) for problem, texts in zip(problems, found.texts, strict=True)]
-    good, bad = ([index for index, ok in enumerate(right) if ok == wish] for wish in (True, False))
-    return [*good[:3], *bad[:1]]
 
 
 def _marked(problem: Problem, text: str) -> Text:
@@ -93,17 +103,23 @@ def one_line(text: str) -> str:
 
 def close_with(console: Console, folder: Path, before: Measurement, after: Measurement, seconds: float) -> None:
     """Sums up and says what to do next."""
-    trained = folder / "sft"
     lines = Text()
-    lines.append(f"{before.accuracy:.1%} -> {after.accuracy:.1%} of held-out problems, in {seconds:.0f} seconds.\n\n")
-    lines.append(f"{trained}\n", style="bold")
-    lines.append("  the model as transformers and vLLM load it; metrics.jsonl, config.yaml and runs/ (tensorboard)\n")
-    lines.append(f"{folder / 'summary.json'}\n", style="bold")
-    lines.append("  these numbers\n\nNext:\n")
-    for command, what in _next_commands(folder):
-        lines.append(f"  {command}\n", style="cyan").append(f"      {what}\n")
+    lines.append(f"{before.accuracy:.1%} -> {after.accuracy:.1%}", style="bold green")
+    lines.append(f" of held-out problems right, {seconds:.0f} seconds in all.\n\n")
+    for path, what in (
+        ("sft", "the model, as transformers and vLLM load it"),
+        ("sft/metrics.jsonl", "loss and speed of every logged step; runs/ has them for tensorboard"),
+        ("sft/checkpoints", "what an interrupted run goes on from"),
+        ("summary.json", "these numbers"),
+    ):
+        lines.append(f"{folder / path}  ", style="bold").append(f"{what}\n")
+    lines.rstrip()
     console.print()
     console.print(Panel(lines, title="done", padding=(1, 2)))
+    console.print("Next:")
+    for command, what in _next_commands(folder):
+        # Not in the panel, and never broken: commands are there to be copied.
+        console.print(Text(f"  {what}"), Text(f"    {command}", style="cyan"), sep="\n", soft_wrap=True)
 
 
 def _next_commands(folder: Path) -> list[tuple[str, str]]:

@@ -93,10 +93,13 @@ def _with_state_axes(
 
 
 def make_specs(abstract_params: Tree, mesh: Mesh, zero_stage: int, *, num_heads: int, num_kv_heads: int) -> Specs:
-    """The tables for a parameter tree on a mesh; raises `UserError` when `mesh_tensor` would cut a query head."""
+    """The tables for a parameter tree on a mesh; raises `UserError` when `mesh_tensor` would cut a query head, or the
+    vocabulary into unequal parts, which the loss cannot work on."""
     size = mesh.shape["tensor"]
-    if num_heads % size:
-        raise need("mesh_tensor", f"a divisor of the model's {num_heads} query heads", str(size), "lower it")
+    vocab_size = abstract_params["embed"]["embedding"].shape[0]
+    for count, what in ((num_heads, "query heads"), (vocab_size, "token ids")):
+        if count % size:
+            raise need("mesh_tensor", f"a divisor of the model's {count} {what}", str(size), "lower it")
 
     def table(added: tuple[str, ...]) -> Tree:
         def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:

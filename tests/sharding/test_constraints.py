@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -21,7 +23,7 @@ def test_gathered_is_the_identity_with_two_layouts(mesh):
     x = jnp.arange(64.0).reshape(8, 8)
 
     def loss(x):
-        y = gathered(x, whole, cut)
+        y: Any = gathered(x, whole, cut)
         return jnp.sum(y**3), y
 
     gradient, y = jax.jit(jax.grad(loss, has_aux=True))(jax.device_put(x, cut))

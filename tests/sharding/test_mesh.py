@@ -45,7 +45,7 @@ def test_half_an_environment_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-    with pytest.raises(UserError, match="^JAX_COORDINATOR_ADDRESS: need to be set when JAX_NUM_PROCESSES is"):
+    with pytest.raises(UserError, match=r"^JAX_COORDINATOR_ADDRESS: need to be set when JAX_NUM_PROCESSES is"):
         initialize_processes()
 
 

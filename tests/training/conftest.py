@@ -13,6 +13,7 @@ from r1jax.data.batches import build_batch
 from r1jax.data.packing import make_plan
 from r1jax.data.tokenized import TokenizedRows
 from r1jax.models.config import DecoderConfig
+from r1jax.models.transformer import RematPolicy
 from r1jax.objectives.reductions import nll_mean
 from r1jax.objectives.sft import Loss, make_nll
 from r1jax.sharding.constraints import make_constrain
@@ -78,13 +79,15 @@ def packed_steps() -> Callable[[int, int], list[PackedBatch]]:
 
 @pytest.fixture(scope="session")
 def laid_out(decoder: DecoderConfig) -> Callable[..., tuple[StateLayout, Loss]]:
-    """(mesh keys, stage, optimizer) -> the state's layout on the first that many devices, and the loss on it."""
+    """(mesh keys, stage, optimizer, ...) -> the state's layout on the first that many devices, and the loss on it."""
 
-    def make(shape: dict[str, int], stage: int, optim: OptimizerConfig) -> tuple[StateLayout, Loss]:
+    def make(
+        shape: dict[str, int], stage: int, optim: OptimizerConfig, remat: RematPolicy = "none"
+    ) -> tuple[StateLayout, Loss]:
         devices = jax.devices()[: int(np.prod(list(shape.values())))]
         layout = lay_out(decoder, optim, make_mesh(MeshConfig(**shape), devices), stage)
         # A chunk that does not divide a device's tokens.
         constrain = make_constrain(layout.mesh, layout.specs)
-        return layout, make_nll(decoder, constrain=constrain, mesh=layout.mesh, chunk=20)
+        return layout, make_nll(decoder, remat=remat, constrain=constrain, mesh=layout.mesh, chunk=20)
 
     return make

@@ -146,7 +146,10 @@ def test_the_reference_learns(one_device):
     assert losses[-1] <= 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(("shape", "stage", "promised"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "stage", "promised"),
+    [pytest.param(*case, id=f"{'-'.join(f'{k[5:]}{v}' for k, v in case[0].items())}-zero{case[1]}") for case in CASES],
+)
 def test_eight_devices_equal_one(decoder, laid_out, batches, one_device, shape, stage, promised):
     first, reference = one_device
     layout, loss = laid_out(shape, stage, OPTIMIZER)

@@ -23,9 +23,9 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def of_step(loss: float, correct: float, trained: float, **changes: float) -> dict[str, np.ndarray]:
+def of_step(loss: float, correct: float, trained: float) -> dict[str, np.float32]:
     metrics = {"loss": loss, "grad_norm": 2 * loss, "learning_rate": loss / 100, "correct_tokens": correct}
-    return {name: np.float32(value) for name, value in (metrics | {"loss_tokens": trained} | changes).items()}
+    return {name: np.float32(value) for name, value in (metrics | {"loss_tokens": trained}).items()}
 
 
 def test_a_window_by_hand(recorder, tmp_path):
@@ -69,7 +69,7 @@ def test_time_between_pause_and_resume_is_not_training(recorder, tmp_path):
 def test_a_number_that_is_not_finite_ends_the_run_with_its_step(recorder, tmp_path, name, value):
     recorder.add(6, of_step(1.0, 1, 1), tokens=1, flops=1.0)
     with pytest.raises(RunFailure, match=rf"^{name}: need a finite number, got {value} at step 7; lower"):
-        recorder.add(7, of_step(1.0, 1, 1, **{name: value}), tokens=1, flops=1.0)
+        recorder.add(7, of_step(1.0, 1, 1) | {name: np.float32(value)}, tokens=1, flops=1.0)
     assert recorder.num_tokens == 1001  # the broken step's are not counted
 
 
