@@ -7,6 +7,7 @@ configs/quickstart/sft.yaml and measures it again. Other keys go to that recipe,
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -15,14 +16,17 @@ from pathlib import Path
 
 import jax
 
-from r1jax import commands, generate, train
-from r1jax.config.errors import at_least, need, require
+from r1jax import commands, config, generate, train
+from r1jax.config.errors import need, require
 from r1jax.quickstart import story
+from r1jax.quickstart.measure import NUM_SAMPLES, Measurement, measure
+from r1jax.quickstart.problems import held_out_problems, write_dataset
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "configs" / "quickstart" / "sft.yaml"
-NUM_TRAIN = 20_000
-"""Training problems; the recipe says how many of them it sees."""
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "sft.yaml"
+NUM_TRAIN = 24_000
+"""Training problems: one epoch of the recipe."""
+MAX_PROBLEMS = 10_000
+"""About 30,000 problems are held out."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,55 +34,104 @@ def main(argv: list[str] | None = None) -> int:
     return commands.run(_quickstart, sys.argv[1:] if argv is None else argv)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to do and where."""
+
+    folder: Path
+    seed: int
+    num_problems: int
+    """Held-out problems to measure on."""
+    recipe_keys: tuple[str, ...]
+    """Options for the recipe."""
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def trained(self) -> Path:
+        return self.folder / "sft"
+
+    @property
+    def train_options(self) -> list[str]:
+        """The options of r1jax.train; an earlier run is replaced."""
+        recipe = RECIPE.relative_to(Path.cwd()) if RECIPE.is_relative_to(Path.cwd()) else RECIPE
+        keys = {
+            "config": recipe,
+            "model_name_or_path": self.base,
+            "dataset_name": self.data,
+            "output_dir": self.trained,
+            "seed": self.seed,
+            "resume_from_checkpoint": "false",
+            "overwrite_output_dir": "true",
+        }
+        return [part for key, value in keys.items() for part in (f"--{key}", str(value))] + list(self.recipe_keys)
+
+
 def _quickstart(argv: list[str]) -> int:
     started = time.perf_counter()
     args, recipe_keys = _parser().parse_known_args(argv)
     _check(args)
+    plan = Plan(
+        folder=Path(args.output_dir), seed=args.seed, num_problems=args.num_problems, recipe_keys=tuple(recipe_keys)
+    )
+    # A wrong key must not wait for the training to be found.
+    if config.load(plan.train_options).dry_run:
+        return train.main(plan.train_options)
     if not os.environ.get("JAX_PLATFORMS"):
         # The recipe is made for one CPU device: several accelerators would multiply its batch.
         jax.config.update("jax_platforms", "cpu")
     generate.configure_jax("float32")
+    return _run(plan, started)
+
+
+def _run(plan: Plan, started: float) -> int:
+    """The exit code of the whole, told as it goes."""
     # Imported here: transformers takes seconds, which a usage error should not wait for.
     from r1jax.quickstart.base_model import write_base_model
-    from r1jax.quickstart.measure import measure
-    from r1jax.quickstart.problems import held_out_problems, write_dataset
 
     console = story.make_console()
-    folder, seed = Path(args.output_dir), args.seed
-    base, data, trained = folder / "base", folder / "data", folder / "sft"
-    command = _train_command(base, data, trained, seed, recipe_keys)
-    problems = held_out_problems(args.num_problems)
-
-    story.open_with(console, folder)
+    problems = held_out_problems(plan.num_problems)
+    story.open_with(console, plan.folder)
     story.stage(console, 1, "a model that knows nothing, and something to learn")
-    num_weights = write_base_model(base, seed)
-    write_dataset(data, num_train=NUM_TRAIN, num_test=args.num_problems, seed=seed)
-    story.tell_material(console, problems[0], base, data, num_weights=num_weights, num_train=NUM_TRAIN)
+    num_weights = write_base_model(plan.base, plan.seed)
+    write_dataset(plan.data, num_train=NUM_TRAIN, num_test=plan.num_problems, seed=plan.seed)
+    story.tell_material(console, problems[0], plan.base, plan.data, num_weights=num_weights, num_train=NUM_TRAIN)
     story.stage(console, 2, "what it can do before training")
-    before = measure(base, problems, seed)
+    before = measure(plan.base, problems, plan.seed)
     story.tell_measurement(console, before, len(problems))
     story.stage(console, 3, "supervised fine-tuning")
-    story.tell_command(console, ["python", "-m", "r1jax.train", *command])
-    if code := train.main(command):
+    story.tell_command(console, ["python", "-m", "r1jax.train", *plan.train_options])
+    if code := train.main(plan.train_options):
         return code
     story.stage(console, 4, "what it can do now")
-    after = measure(trained, problems, seed)
+    after = measure(plan.trained, problems, plan.seed)
     story.tell_measurement(console, after, len(problems))
     story.tell_styles(console, problems, after)
     story.show_answers(console, problems, before, after)
-    seconds = time.perf_counter() - started
+    seconds = round(time.perf_counter() - started, 1)
+    _write_summary(plan, before, after, num_weights, seconds)
+    story.close_with(console, plan.folder, before, after, seconds)
+    return 0
+
+
+def _write_summary(plan: Plan, before: Measurement, after: Measurement, num_weights: int, seconds: float) -> None:
     summary = {
         "accuracy_base": before.accuracy,
         "accuracy_sft": after.accuracy,
         "standard_error_sft": after.standard_error,
-        "num_problems": len(problems),
+        "num_problems": plan.num_problems,
+        "samples_per_problem": NUM_SAMPLES,
         "num_weights": num_weights,
-        "seed": seed,
-        "seconds": round(seconds, 1),
+        "seed": plan.seed,
+        "seconds": seconds,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    story.close_with(console, folder, before, after, seconds)
-    return 0
+    (plan.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,20 +145,12 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     """Raises `UserError` for what would fail later."""
     require(0 <= args.seed < 2**32, "seed", "0 <= x < 2**32", args.seed, "choose a number in that range")
-    at_least("num_problems", args.num_problems, 1, "200 is the default")
+    count = args.num_problems
+    require(1 <= count <= MAX_PROBLEMS, "num_problems", f"1 <= x <= {MAX_PROBLEMS}", count, "200 is the default")
     folder = Path(args.output_dir)
     require(not folder.exists() or folder.is_dir(), "output_dir", "a folder", args.output_dir, "name another")
     if not RECIPE.is_file():
         raise need("quickstart", f"the recipe {RECIPE}", "an installation without it", "run it from a checkout")
-
-
-def _train_command(base: Path, data: Path, trained: Path, seed: int, recipe_keys: list[str]) -> list[str]:
-    """The arguments of r1jax.train, the recipe's own where they are the same; an earlier run is replaced."""
-    recipe = RECIPE.relative_to(Path.cwd()) if RECIPE.is_relative_to(Path.cwd()) else RECIPE
-    keys = {"model_name_or_path": base, "dataset_name": data, "output_dir": trained, "seed": seed}
-    given = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-    afresh = ["--resume_from_checkpoint", "false", "--overwrite_output_dir", "true"]
-    return ["--config", str(recipe), *given, *afresh, *recipe_keys]
 
 
 if __name__ == "__main__":

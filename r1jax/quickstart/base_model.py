@@ -58,7 +58,7 @@ def hf_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         "num_key_value_heads": 2,
         "head_dim": 32,
         "hidden_act": "silu",
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 512,
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
         "attention_bias": False,

@@ -67,11 +67,11 @@ def tell_command(console: Console, command: Sequence[str]) -> None:
 def tell_styles(console: Console, problems: list[Problem], found: Measurement) -> None:
     """Shows how often the model works the problem out, and which style is right how often."""
     samples = [(problem, text) for problem, texts in zip(problems, found.texts, strict=True) for text in texts]
-    for name, worked in (("worked out", True), ("at once", False)):
+    for what, worked in (("work it out", True), ("jump to the result", False)):
         right = [_is_right(problem, text) for problem, text in samples if is_worked(text) == worked]
         if right:
             share, accuracy = len(right) / len(samples), sum(right) / len(right)
-            console.print(f"  {share:4.0%} of the answers are given {name}, and {accuracy:.0%} of these are right")
+            console.print(f"  {share:4.0%} of the answers {what}, and {accuracy:.0%} of these are right")
 
 
 def show_answers(console: Console, problems: list[Problem], before: Measurement, after: Measurement) -> None:

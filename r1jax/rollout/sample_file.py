@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.errors import UserError, need, shown
 
@@ -80,7 +79,7 @@ def _problem(row: Any) -> str | None:
     return None
 
 
-def encode_prompt(found: PromptRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_prompt(found: PromptRow, tokenizer: Any) -> list[int]:
     """The row's tokens: `prompt` as it is, with the special tokens the tokenizer puts around a text; `messages` by the
     chat template up to where the answer begins, or continues if the last message is the assistant's.
     """

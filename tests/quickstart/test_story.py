@@ -21,8 +21,8 @@ def recorded(tell):
 
 def test_styles_are_counted_apart():
     text = recorded(lambda console: story.tell_styles(console, PROBLEMS, LEARNT))
-    assert "75% of the answers are given worked out, and 67% of these are right" in text
-    assert "25% of the answers are given at once, and 100% of these are right" in text
+    assert "75% of the answers work it out, and 67% of these are right" in text
+    assert "25% of the answers jump to the result, and 100% of these are right" in text
 
 
 def test_answers_are_shown_with_marks_and_do_nothing_to_the_terminal():

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 
 import pytest
@@ -36,12 +37,21 @@ def test_a_resumed_run_keeps_its_id_and_a_fresh_one_gets_another(tmp_path):
     assert run_id(path, start_step=0) != first
 
 
+OFFLINE_RUN = """
+import pathlib, sys
+from r1jax.config.tracking import LoggingConfig
+from r1jax.trackers.wandb import WeightsAndBiases
+tracker = WeightsAndBiases(LoggingConfig(report_to=("wandb",), run_name="trial"), pathlib.Path(sys.argv[1]), 0, {})
+tracker.log(1, {"loss": 0.5})
+tracker.close()
+"""
+
+
 def test_offline_a_run_is_written_to_the_output_dir(tmp_path, monkeypatch):
+    """In a process of its own, as in a run: late in a long pytest process W&B's service writes the header alone."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = WeightsAndBiases(LoggingConfig(report_to=("wandb",), run_name="trial"), tmp_path, 0, {"seed": 42})
-    tracker.log(1, {"loss": 0.5})
-    tracker.close()
+    subprocess.run([sys.executable, "-c", OFFLINE_RUN, str(tmp_path)], check=True, timeout=120)
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = record.read_bytes()
     assert b"train/loss" in content and b"trial" in content
