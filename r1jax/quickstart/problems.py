@@ -1,6 +1,6 @@
 """The task: `7*8+5-9+4=?`, answered in R1's form, with the thinking between <think> tags.
 
-Answers come in two styles, as people's do: most work the problem out step by step, the others jump to the result. A
+Answers come in two styles, as people's do: half work the problem out step by step, half jump to the result. A
 small model can imitate both and be right with one only, which is for reinforcement learning to find out.
 Problems are held out by their hash, so what is trained on and what is measured on cannot meet, whatever is drawn.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 HELD_OUT_SHARE = 0.1
 """Part of all problems that is held out."""
-WORKED_SHARE = 0.6
+WORKED_SHARE = 0.5
 """Part of the training answers that is worked out."""
 NUM_TERMS = 3
 
