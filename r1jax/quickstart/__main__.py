@@ -107,8 +107,13 @@ def _run(plan: Plan, started: float) -> int:
     story.tell_measurement(console, before, len(problems))
     story.stage(console, 3, "supervised fine-tuning")
     story.tell_command(console, ["python", "-m", "r1jax.train", *plan.train_options])
+    # An earlier run's model must not pass for this one's, should the training be stopped.
+    (plan.trained / "config.json").unlink(missing_ok=True)
     if code := train.main(plan.train_options):
         return code
+    if not (plan.trained / "config.json").is_file():
+        story.tell_stopped(console, plan.trained)
+        return 0
     story.stage(console, 4, "what it can do now")
     after = measure(plan.trained, problems, plan.seed)
     story.tell_measurement(console, after, len(problems))

@@ -64,6 +64,11 @@ def tell_command(console: Console, command: Sequence[str]) -> None:
     console.print(Text(shlex.join(command), style="cyan"), soft_wrap=True)
 
 
+def tell_stopped(console: Console, trained: Path) -> None:
+    """Says that the training was ended from outside, and where what it has done is."""
+    console.print(Text(f"The training was stopped: {trained / 'checkpoints'} holds it up to here, and no model."))
+
+
 def tell_styles(console: Console, problems: list[Problem], found: Measurement) -> None:
     """Shows how often the model works the problem out, and which style is right how often."""
     samples = [(problem, text) for problem, texts in zip(problems, found.texts, strict=True) for text in texts]
