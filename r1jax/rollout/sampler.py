@@ -1,27 +1,25 @@
 """The embedded sampler: prompts and decode parameters in, completions out.
 
-Samples are put into batches of slots by prompt length and drawn by two programs: `_start` runs the prompts and draws
-the first tokens, `_finish` decodes in one loop on the device until every slot has met a stop id or is full. A sample's
-random numbers follow from (seed, prompt id, sample index, token index) alone, so slots, batches and padding never
-change it. Shapes are rounded up to a few sizes; parameters are arguments, so new weights compile nothing.
+Samples are put into batches of slots by prompt length and drawn by the two programs of `programs.py`. A sample's random
+numbers follow from (seed, prompt id, sample index, token index) alone, so slots, batches and padding never change it.
+Shapes are rounded up to a few sizes; parameters are arguments, so new weights compile nothing.
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Int
 
 from r1jax.config.errors import at_least, need, require
 from r1jax.models.config import DecoderConfig
-from r1jax.models.decoding import Cache, DecodeParams, decode, init_cache, prefill
-from r1jax.rollout.distribution import sample, sample_keys
+from r1jax.models.decoding import DecodeParams
+from r1jax.rollout.distribution import sample_keys
+from r1jax.rollout.programs import Kind, Settings, Slots, bucket, finish_slots, start_slots
 
-_SMALLEST_BUCKET = 16
 _STOP_BUCKET = 8
 
 
@@ -36,52 +34,6 @@ class Completion:
     with temperature 0, that under the model at temperature 1."""
     finish_reason: Literal["stop", "length"]
     """Whether a stop id ended it, or max_new_tokens."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Slots:
-    """A batch while it is being drawn."""
-
-    cache: Cache
-    last: Int[Array, " B"]
-    """Token drawn last; it is not in the cache yet."""
-    tokens: Int[Array, "B M"]
-    logprobs: Float[Array, "B M"]
-    num_tokens: Int[Array, " B"]
-    """Tokens of each row's completion so far."""
-    stopped: Bool[Array, " B"]
-    """The row has met a stop id, or is padding of the batch."""
-    step: Int[Array, ""]
-    """Tokens drawn for every row that has not stopped."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """What may change from call to call without compiling anything."""
-
-    keys: Key[Array, " B"]
-    """One a row."""
-    lengths: Int[Array, " B"]
-    """Tokens of each row's prompt."""
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    max_new_tokens: Int[Array, ""]
-    stop_ids: Int[Array, " num_stop"]
-    """-1 where there are fewer."""
-
-
-class _Kind(NamedTuple):
-    """What a program is compiled for."""
-
-    config: DecoderConfig
-    greedy: bool
-    nucleus: bool
-    prompt_size: int
-    """Slots of prompts."""
-    new_size: int
-    """Slots of new tokens."""
 
 
 class _Work(NamedTuple):
@@ -150,7 +102,7 @@ class Sampler:
         seed: int,
     ) -> list[Completion]:
         """The batch's completions, drawn in `size` slots."""
-        kind = _Kind(
+        kind = Kind(
             config=self.config,
             greedy=temperature == 0,
             nucleus=top_p < 1 and temperature > 0,
@@ -162,7 +114,7 @@ class Sampler:
         for row, item in enumerate(rows):
             tokens[row, : len(item.prompt)] = item.prompt
         stops = stop_ids + [-1] * (-len(stop_ids) % _STOP_BUCKET)
-        settings = _Settings(
+        settings = Settings(
             keys=sample_keys(seed, _int32([item.prompt_id for item in rows]), _int32([item.sample for item in rows])),
             lengths=_int32([len(item.prompt) for item in rows]),
             temperature=jnp.asarray(temperature, jnp.float32),
@@ -171,20 +123,9 @@ class Sampler:
             stop_ids=_int32(stops or [-1] * _STOP_BUCKET),
         )
         used = jnp.arange(size) < len(batch)
-        slots = _start(self.params, jnp.asarray(tokens), used, settings, kind=kind)
-        slots = _finish(self.params, slots, settings, kind=kind._replace(prompt_size=0))
+        slots = start_slots(self.params, jnp.asarray(tokens), used, settings, kind=kind)
+        slots = finish_slots(self.params, slots, settings, kind=kind._replace(prompt_size=0))
         return _completions(slots, len(batch))
-
-
-def bucket(number: int, smallest: int = _SMALLEST_BUCKET) -> int:
-    """The least of smallest x (1, 2, 3, 4, 6, 8, 12, 16, ...) that is no less than number."""
-    size = smallest
-    while size < number:
-        middle = size + size // 2
-        if number <= middle and size > smallest:
-            return middle
-        size *= 2
-    return size
 
 
 def check_settings(
@@ -219,67 +160,7 @@ def _int32(numbers: Sequence[int]) -> Int[Array, " B"]:
     return jnp.asarray(np.array(numbers, np.int64).astype(np.int32))
 
 
-@partial(jax.jit, static_argnames="kind")
-def _start(
-    params: DecodeParams, tokens: Int[Array, "B T"], used: Bool[Array, " B"], settings: _Settings, *, kind: _Kind
-) -> _Slots:
-    """The slots with the prompts in their cache and the first token of each drawn."""
-    size = tokens.shape[0]
-    dtype = params["embed"]["embedding"].dtype
-    cache = init_cache(kind.config, size, bucket(kind.prompt_size + kind.new_size), dtype)
-    logits, cache = prefill(params, tokens, settings.lengths, cache, kind.config)
-    slots = _Slots(
-        cache=cache,
-        last=jnp.zeros(size, jnp.int32),
-        tokens=jnp.zeros((size, kind.new_size), jnp.int32),
-        logprobs=jnp.zeros((size, kind.new_size), jnp.float32),
-        num_tokens=jnp.zeros(size, jnp.int32),
-        stopped=~used,
-        step=jnp.zeros((), jnp.int32),
-    )
-    return _draw_token(slots, logits, settings, kind)
-
-
-@partial(jax.jit, static_argnames="kind", donate_argnames="slots")
-def _finish(params: DecodeParams, slots: _Slots, settings: _Settings, *, kind: _Kind) -> _Slots:
-    """The slots when every row has stopped or holds max_new_tokens."""
-
-    def unfinished(slots: _Slots) -> Array:
-        return (slots.step < settings.max_new_tokens) & ~jnp.all(slots.stopped)
-
-    def advance(slots: _Slots) -> _Slots:
-        positions = settings.lengths + slots.step - 1
-        logits, cache = decode(params, slots.last, positions, slots.cache, kind.config)
-        return _draw_token(dataclasses.replace(slots, cache=cache), logits, settings, kind)
-
-    return jax.lax.while_loop(unfinished, advance, slots)
-
-
-def _draw_token(slots: _Slots, logits: Float[Array, "B V"], settings: _Settings, kind: _Kind) -> _Slots:
-    """The slots with one more token in every row that has not stopped."""
-    tokens, logprobs = sample(
-        logits,
-        settings.keys,
-        slots.step,
-        settings.temperature,
-        settings.top_p,
-        greedy=kind.greedy,
-        nucleus=kind.nucleus,
-    )
-    is_stop = jnp.any(tokens[:, None] == settings.stop_ids[None, :], axis=-1)
-    return dataclasses.replace(
-        slots,
-        last=tokens,
-        # What a stopped row draws lies behind its num_tokens, where nobody reads.
-        tokens=slots.tokens.at[:, slots.step].set(tokens),
-        logprobs=slots.logprobs.at[:, slots.step].set(logprobs),
-        num_tokens=slots.num_tokens + (~slots.stopped).astype(jnp.int32),
-        stopped=slots.stopped | is_stop,
-        step=slots.step + 1,
-    )
-
-
-def _completions(slots: _Slots, count: int) -> list[Completion]:
+def _completions(slots: Slots, count: int) -> list[Completion]:
     """The first `count` rows, fetched from the device."""
     tokens, logprobs, lengths, stopped = jax.device_get((slots.tokens, slots.logprobs, slots.num_tokens, slots.stopped))
     return [

@@ -11,8 +11,8 @@ from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import unstack
 from r1jax.models.parameters import init_params
 from r1jax.models.transformer import forward, logits
-from r1jax.rollout import sampler as module
-from r1jax.rollout.sampler import Sampler, bucket
+from r1jax.rollout.programs import finish_slots, start_slots
+from r1jax.rollout.sampler import Sampler
 
 CONFIG = DecoderConfig(
     vocab_size=40,
@@ -49,12 +49,18 @@ def draw(sampler, prompts=PROMPTS, **changes):
     return sampler.generate(prompts, **settings)
 
 
+@jax.jit
+def forward_logits(params, row, layout):
+    return logits(params, forward(params, row, layout, CONFIG))
+
+
 def next_logprobs(params, tokens, temperature=1.0):
     """The training forward's log-probabilities after each token, [T, V]."""
-    row = jnp.asarray([tokens])
-    layout = Layout(segment_ids=jnp.ones_like(row), positions=jnp.arange(row.shape[1])[None])
-    scores = logits(params, forward(params, row, layout, CONFIG))[0] / jnp.float32(temperature)
-    return np.asarray(jax.nn.log_softmax(scores))
+    row = jnp.asarray([tokens + [0] * (64 - len(tokens))])
+    positions = jnp.arange(64)[None]
+    layout = Layout(segment_ids=(positions < len(tokens)).astype(jnp.int32), positions=positions)
+    scores = forward_logits(params, row, layout)[0] / jnp.float32(temperature)
+    return np.asarray(jax.nn.log_softmax(scores))[: len(tokens)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -69,10 +75,9 @@ def test_log_probabilities_are_the_training_forwards(sampler, params, temperatur
 def test_greedy_follows_the_largest_logit(sampler, params):
     found = draw(sampler, temperature=0, num_generations=1, stop_ids=())
     for prompt, (completion,) in zip(PROMPTS, found, strict=True):
-        tokens = list(prompt)
-        for _ in range(12):
-            tokens.append(int(next_logprobs(params, tokens)[-1].argmax()))
-        assert list(completion.token_ids) == tokens[len(prompt) :]
+        likeliest = next_logprobs(params, [*prompt, *completion.token_ids]).argmax(axis=-1)
+        assert list(completion.token_ids) == likeliest[len(prompt) - 1 : -1].tolist()
+        assert len(completion.token_ids) == 12
 
 
 def test_a_completion_ends_with_its_first_stop_id_or_at_the_length(sampler):
@@ -140,12 +145,7 @@ def test_the_same_buckets_compile_nothing_again(sampler, params):
 
 
 def num_compiled():
-    return [program._cache_size() for program in (module._start, module._finish)]  # pyright: ignore
-
-
-@pytest.mark.parametrize(("number", "expected"), [(1, 16), (16, 16), (17, 32), (33, 48), (49, 64), (65, 96), (97, 128)])
-def test_buckets(number, expected):
-    assert bucket(number) == expected
+    return [program._cache_size() for program in (start_slots, finish_slots)]  # pyright: ignore
 
 
 @pytest.mark.parametrize(
