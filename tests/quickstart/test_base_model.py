@@ -39,7 +39,6 @@ def test_printable_text_comes_back_with_its_tags_and_without_special_tokens(toke
 
 
 def test_transformers_loads_the_base_model_as_it_is(tmp_path):
-    pytest.importorskip("torch")
     num_weights = write_base_model(tmp_path, seed=0)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sum(parameter.numel() for parameter in model.parameters()) == num_weights
