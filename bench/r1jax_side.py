@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.cases import Case
 from bench.side import LEARNING_RATE, MAX_GRAD_NORM, tokens_of
-from r1jax import optimizer
+from r1jax import optimizer, runtime
 from r1jax.batch import PackedBatch
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.optimizer import OptimizerConfig
@@ -24,6 +24,8 @@ class R1JaxSide:
     """State on the device and the step."""
 
     def __init__(self, case: Case):
+        runtime.configure(case.compute_dtype)
+        jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured
         decoder = decoder_config(case.hf_config)
         optim = OptimizerConfig(learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, lr_scheduler_type="constant")
         layout = lay_out(decoder, optim, make_mesh(MeshConfig(), jax.devices()[:1]), zero_stage=0)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from r1jax import commands
+from r1jax import commands, runtime
 from r1jax.checkpoints import hub
 from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
 from r1jax.checkpoints.hf import load_params, read_config
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     _check(args)
-    configure_jax(args.dtype)
+    runtime.configure(args.dtype)
     output = Path(args.output)
     rows = sample_file.read_prompts(Path(args.prompts))
     done = sample_file.finished(output, rows, _settings(args))
@@ -111,15 +111,6 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a completion depends on besides its row."""
     names = ("model_name_or_path", "num_generations", "temperature", "top_p", "max_new_tokens", "seed", "dtype")
     return {name: getattr(args, name) for name in names}
-
-
-def configure_jax(dtype: str) -> None:
-    """Sets JAX's process-wide flags; must come before any device is used."""
-    if dtype == "float32":
-        # JAX's default is TF32 on GPU and bfloat16 on TPU.
-        jax.config.update("jax_default_matmul_precision", "highest")
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "r1jax" / "compiled"))
 
 
 def open_model(name_or_path: str) -> Model:

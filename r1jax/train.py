@@ -9,12 +9,11 @@ with where it came from, and exits 0. --help lists every key.
 import logging
 import os
 import sys
-from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from r1jax import commands, config
+from r1jax import commands, config, runtime
 from r1jax.config.errors import need
 from r1jax.sharding.mesh import initialize_processes
 
@@ -40,7 +39,7 @@ def _train(argv: list[str]) -> int:
         raise need("task", "sft", run.run.task, "GRPO is not built yet; --dry_run checks its recipes")
     config.warn_ignored(resolved)
     os.environ.update(resolved.env)
-    configure_jax(run)
+    runtime.configure(run.model.compute_dtype, deterministic=run.run.deterministic)
     initialize_processes()
     if jax.process_index() != 0:
         commands.configure_logging("warning")  # the first process speaks for all
@@ -49,17 +48,6 @@ def _train(argv: list[str]) -> int:
 
     sft.run(run)
     return 0
-
-
-def configure_jax(run: config.RunConfig) -> None:
-    """Sets JAX's process-wide flags; must come before any device is used."""
-    if run.run.deterministic:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-    if run.model.compute_dtype == "float32":
-        # JAX's default is TF32 on GPU and bfloat16 on TPU, which is not what a recipe without bf16 asks for.
-        jax.config.update("jax_default_matmul_precision", "highest")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "r1jax" / "compiled"))
 
 
 if __name__ == "__main__":

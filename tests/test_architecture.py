@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "r1jax"
 LAYERS = {
     "quickstart": 6,
     **dict.fromkeys(("train", "generate", "evaluate", "convert", "pipeline", "plan", "doctor"), 5),
-    **dict.fromkeys(("sft", "grpo", "commands"), 4),
+    **dict.fromkeys(("sft", "grpo", "commands", "runtime"), 4),
     "training": 3,
     **dict.fromkeys(("data", "objectives", "rewards", "rollout", "checkpoints"), 2),
     **dict.fromkeys(("optimizer", "footprint", "trackers"), 2),

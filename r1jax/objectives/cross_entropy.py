@@ -41,71 +41,88 @@ def _over_chunks(body: Callable[[Any, Any], Any], carry: Any, chunks: Any) -> An
     return jax.lax.scan(body, carry, chunks)
 
 
-def _vocabulary_slice(kernel: Array, axis: str | None) -> Array:
-    """The token ids of this device's columns of the kernel."""
-    first = jax.lax.axis_index(axis) * kernel.shape[1] if axis else 0
-    return first + jnp.arange(kernel.shape[1])
+def _first_id(vocab_slice: int, axis: str | None) -> Array | int:
+    """The token id of this device's first column of the kernel."""
+    return jax.lax.axis_index(axis) * vocab_slice if axis else 0
 
 
 def _logits(hidden: Array, kernel: Array) -> Array:
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
+def _statistics(logits: Array, targets: Array, axis: str | None) -> tuple[Array, Array, Array, Array]:
+    """(target's logit, highest logit, exp(logits - highest), its sum) of a chunk; all but the third are [tokens]."""
+    reduce_sum = (lambda x: jax.lax.psum(x, axis)) if axis else (lambda x: x)
+    reduce_max = (lambda x: jax.lax.pmax(x, axis)) if axis else (lambda x: x)
+    # The target lies in one device's slice; the others add 0.
+    column = targets - _first_id(logits.shape[1], axis)
+    inside = (column >= 0) & (column < logits.shape[1])
+    own = jnp.take_along_axis(logits, jnp.where(inside, column, 0)[:, None], axis=1)[:, 0]
+    target = reduce_sum(jnp.where(inside, own, 0.0))
+    highest = reduce_max(jnp.max(logits, axis=-1))
+    exponentials = jnp.exp(logits - highest[:, None])
+    return target, highest, exponentials, reduce_sum(jnp.sum(exponentials, axis=-1))
+
+
 def _local_forward(
     hidden: Array, kernel: Array, targets: Array, *, chunk: int, axis: str | None
 ) -> tuple[Array, Array, Array]:
     """(log-probability, is the target a most likely token, logsumexp) of this device's tokens, [B, T] each."""
-    ids = _vocabulary_slice(kernel, axis)
-    reduce_sum = (lambda x: jax.lax.psum(x, axis)) if axis else (lambda x: x)
-    reduce_max = (lambda x: jax.lax.pmax(x, axis)) if axis else (lambda x: x)
 
     def body(carry: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
-        logits = _logits(part[0], kernel)
-        # A comparison with all ids shards over the vocabulary, where a gather would need the whole row.
-        target = reduce_sum(jnp.sum(jnp.where(ids == part[1][:, None], logits, 0.0), axis=-1))
-        highest = reduce_max(jnp.max(logits, axis=-1))
-        total = reduce_sum(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
+        target, highest, _, total = _statistics(_logits(part[0], kernel), part[1], axis)
         logsumexp = highest + jnp.log(total)
         return carry, (target - logsumexp, target >= highest, logsumexp)
 
     flat = hidden.reshape(-1, hidden.shape[-1])
-    parts = (_chunked(flat, chunk), _chunked(targets.reshape(-1), chunk))
-    _, outputs = _over_chunks(body, None, parts)
+    _, outputs = _over_chunks(body, None, (_chunked(flat, chunk), _chunked(targets.reshape(-1), chunk)))
     logprobs, is_top, logsumexp = (out.reshape(-1)[: targets.size].reshape(targets.shape) for out in outputs)
     return logprobs, is_top, logsumexp
 
 
-def _local_backward(
+def _local_gradients(
     hidden: Array,
     kernel: Array,
     targets: Array,
-    logsumexp: Array,
-    cotangent: Array,
+    weights: Array,
+    logsumexp: Array | None = None,
     *,
     chunk: int,
     axis: str | None,
     batch_axes: tuple[str, ...],
-) -> tuple[Array, Array]:
-    """Gradients of hidden [B, T, D] and kernel [D, V]: d logprob / d logits = onehot(target) - softmax."""
-    ids = _vocabulary_slice(kernel, axis)
+) -> tuple[Array, Array, Array, Array]:
+    """(log-probability [B, T], is top [B, T], gradients of sum(weights * logprob): hidden [B, T, D], kernel [D, V]).
 
-    def body(kernel_gradient: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
-        tokens, target, log_total, weight = part
-        softmax = jnp.exp(_logits(tokens, kernel) - log_total[:, None])
-        logits_gradient = weight[:, None] * ((ids == target[:, None]).astype(jnp.float32) - softmax)
-        logits_gradient = logits_gradient.astype(kernel.dtype)
-        kernel_gradient += jnp.matmul(tokens.T, logits_gradient, preferred_element_type=jnp.float32)
-        return kernel_gradient, jnp.matmul(logits_gradient, kernel.T, preferred_element_type=jnp.float32)
+    d logprob / d logits = onehot(target) - softmax. A known logsumexp saves the passes over the logits that find it;
+    the first two results are then not to be used.
+    """
+    ids = _first_id(kernel.shape[1], axis) + jnp.arange(kernel.shape[1])
 
-    flat = [leaf.reshape(-1) for leaf in (targets, logsumexp, cotangent)]
+    def body(kernel_gradient: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:
+        tokens, target_ids, weight, *known = part
+        logits = _logits(tokens, kernel)
+        if known:
+            logprobs, is_top = jnp.zeros_like(weight), jnp.zeros(weight.shape, bool)
+            softmax = jnp.exp(logits - known[0][:, None])
+        else:
+            target, highest, exponentials, total = _statistics(logits, target_ids, axis)
+            logprobs, is_top = target - highest - jnp.log(total), target >= highest
+            softmax = exponentials / total[:, None]
+        slope = weight[:, None] * ((ids == target_ids[:, None]).astype(jnp.float32) - softmax)
+        slope = slope.astype(kernel.dtype)
+        kernel_gradient += jnp.matmul(tokens.T, slope, preferred_element_type=jnp.float32)
+        return kernel_gradient, (logprobs, is_top, jnp.matmul(slope, kernel.T, preferred_element_type=jnp.float32))
+
+    flat = [leaf.reshape(-1) for leaf in (targets, weights, logsumexp) if leaf is not None]
     parts = tuple(_chunked(leaf, chunk) for leaf in (hidden.reshape(-1, hidden.shape[-1]), *flat))
-    kernel_gradient, hidden_gradient = _over_chunks(body, jnp.zeros(kernel.shape, jnp.float32), parts)
-    hidden_gradient = hidden_gradient.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
+    kernel_gradient, outputs = _over_chunks(body, jnp.zeros(kernel.shape, jnp.float32), parts)
+    logprobs, is_top = (leaf.reshape(-1)[: targets.size].reshape(targets.shape) for leaf in outputs[:2])
+    hidden_gradient = outputs[2].reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
     if axis:
         hidden_gradient = jax.lax.psum(hidden_gradient, axis)
     if batch_axes:
         kernel_gradient = jax.lax.psum(kernel_gradient, batch_axes)
-    return hidden_gradient.astype(hidden.dtype), kernel_gradient.astype(kernel.dtype)
+    return logprobs, is_top, hidden_gradient.astype(hidden.dtype), kernel_gradient.astype(kernel.dtype)
 
 
 def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, results: str) -> Callable[..., Any]:
@@ -120,6 +137,12 @@ def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, res
     }
     inputs, outputs = tuple(specs[letter] for letter in arguments), tuple(specs[letter] for letter in results)
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def _gradients(chunk: int, mesh: Mesh | None, arguments: str) -> Callable[..., Any]:
+    axes = ("data", "fsdp", "context") if mesh else ()
+    local = functools.partial(_local_gradients, chunk=chunk, axis="tensor" if mesh else None, batch_axes=axes)
+    return _mapped(local, mesh, arguments, "tthk")
 
 
 def token_logprobs(
@@ -149,10 +172,47 @@ def _forward(hidden: Array, kernel: Array, targets: Array, chunk: int, mesh: Mes
 
 
 def _backward(chunk: int, mesh: Mesh | None, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
-    axes = ("data", "fsdp", "context") if mesh else ()
-    local = functools.partial(_local_backward, chunk=chunk, axis="tensor" if mesh else None, batch_axes=axes)
-    gradients = _mapped(local, mesh, "hkttt", "hk")(*residuals, cotangents[0])
+    hidden, kernel, targets, logsumexp = residuals
+    gradients = _gradients(chunk, mesh, "hkttt")(hidden, kernel, targets, cotangents[0], logsumexp)[2:]
     return *gradients, None
 
 
 _differentiable.defvjp(_forward, _backward)
+
+
+def weighted_nll(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, ""], Bool[Array, "B T"]]:
+    """-sum(weights * log-probability of the target), and whether no token is likelier; as `token_logprobs` otherwise.
+
+    Where it is differentiated the gradients are made with the value, as the weights are known: three products with
+    the vocabulary instead of four (the fused loss of Liger-Kernel, Hsu et al. 2024). Weights have no gradient.
+    """
+    return _weighted(hidden, kernel, targets, weights, chunk, mesh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _weighted(hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None) -> Any:
+    logprobs, is_top = _forward(hidden, kernel, targets, chunk, mesh)[0]
+    return -jnp.sum(weights * logprobs), is_top
+
+
+def _weighted_forward(
+    hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None
+) -> tuple[Any, Any]:
+    logprobs, is_top, *gradients = _gradients(chunk, mesh, "hktt")(hidden, kernel, targets, -weights)
+    return (-jnp.sum(weights * logprobs), is_top), gradients
+
+
+def _weighted_backward(chunk: int, mesh: Mesh | None, gradients: Any, cotangents: Any) -> tuple[Any, ...]:
+    del chunk, mesh
+    hidden, kernel = ((cotangents[0] * leaf.astype(jnp.float32)).astype(leaf.dtype) for leaf in gradients)
+    return hidden, kernel, None, None
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from r1jax.batch import PackedBatch
 from r1jax.models.config import DecoderConfig
 from r1jax.models.transformer import Constrain, RematPolicy, forward, output_kernel, prepare, unconstrained
-from r1jax.objectives.cross_entropy import default_chunk, token_logprobs
+from r1jax.objectives.cross_entropy import default_chunk, weighted_nll
 
 Loss = Callable[[Any, PackedBatch], tuple[Float[Array, ""], dict[str, Array]]]
 """(parameters, micro-batch [B, T]) -> (loss, sums): both add up over the micro-batches of a step."""
@@ -44,10 +44,10 @@ def make_nll(
         hidden = forward(
             params, batch.tokens, batch.layout, config, dtype=jnp.dtype(dtype), remat=remat, constrain=constrain
         )
-        logprobs, is_top = token_logprobs(hidden, output_kernel(params), _shifted(batch.tokens), size, mesh)
-        mask = _shifted(batch.loss_mask).astype(jnp.float32)
         # Padding's log-probabilities are finite but meaningless; its weight is 0.
-        loss = -jnp.sum(_shifted(batch.loss_weight) * logprobs)
+        weights = _shifted(batch.loss_weight)
+        loss, is_top = weighted_nll(hidden, output_kernel(params), _shifted(batch.tokens), weights, size, mesh)
+        mask = _shifted(batch.loss_mask).astype(jnp.float32)
         return loss, {"correct_tokens": jnp.sum(mask * is_top.astype(jnp.float32)), "loss_tokens": jnp.sum(mask)}
 
     return nll

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from r1jax import commands, config, generate, train
+from r1jax import commands, config, train
 from r1jax.config.errors import need, require
 from r1jax.quickstart import story
 from r1jax.quickstart.measure import NUM_SAMPLES, Measurement, measure
@@ -86,7 +86,7 @@ def _quickstart(argv: list[str]) -> int:
     if not os.environ.get("JAX_PLATFORMS"):
         # The recipe is made for one CPU device: several accelerators would multiply its batch.
         jax.config.update("jax_platforms", "cpu")
-    generate.configure_jax("float32")
+    runtime.configure("float32")
     return _run(plan, started)
 
 

@@ -1,0 +1,53 @@
+"""Process-wide settings, each looked at in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import json, resource, sys
+import jax, jax.numpy as jnp
+from r1jax import runtime
+if "plain" not in sys.argv:
+    runtime.configure("float32")
+step = jax.jit(lambda x: jnp.sin(x @ x.T).sum())  # 64 MiB of temporary memory
+x = jnp.ones((4096, 16))
+for _ in range(8):  # until the heap has grown to what a step needs
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step(x).block_until_ready()
+print(json.dumps({
+    "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before,
+    "precision": jax.config.values["jax_default_matmul_precision"],
+    "cache": jax.config.values["jax_compilation_cache_dir"],
+}))
+"""
+
+
+def measure(*arguments: str, **environment: str) -> dict:
+    """What a fresh process that configures itself says of itself."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment = kept | {"JAX_PLATFORMS": "cpu"} | environment
+    command = [sys.executable, "-c", MEASURE, *arguments]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def test_float32_products_and_a_compilation_cache_of_the_user():
+    measured = measure(HOME="/nonexistent")
+    assert measured["precision"] == "highest"
+    assert measured["cache"] == "/nonexistent/.cache/r1jax/compiled"
+
+
+def test_the_environment_names_the_compilation_cache(tmp_path):
+    assert measure(JAX_COMPILATION_CACHE_DIR=str(tmp_path))["cache"] == str(tmp_path)
+
+
+@pytest.mark.skipif("glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="only glibc's malloc can be told")
+def test_temporary_memory_is_kept_between_steps():
+    """64 MiB are 16384 pages a step: all of them are fresh in the plain process, next to none after configure."""
+    assert measure("plain")["faults"] > 3 * 10_000
+    assert measure()["faults"] < 3 * 1_000
