@@ -108,7 +108,9 @@ def update(
     """(new parameters, new state, {grad_norm before clipping, learning_rate}); decoupled decay (Loshchilov 2019)."""
     grad_norm = optax.tree.norm(grads)
     if config.max_grad_norm > 0:
-        grads, _ = optax.clip_by_global_norm(config.max_grad_norm).update(grads, optax.EmptyState())
+        # Not optax.clip_by_global_norm: its division by leaf is computed apart, a second set of gradients in memory.
+        scale = jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(grad_norm, jnp.finfo(jnp.float32).tiny))
+        grads = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), grads)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer counts
         directions, new_state = _direction(config, grads, state, params)
     rate = schedule(state["count"])

@@ -46,8 +46,12 @@ def _first_id(vocab_slice: int, axis: str | None) -> Array | int:
     return jax.lax.axis_index(axis) * vocab_slice if axis else 0
 
 
-def _logits(hidden: Array, kernel: Array) -> Array:
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+def _logits(hidden: Array, vectors: Array) -> Array:
+    """Float32 [tokens, V] from the tokens' output vectors [V, D].
+
+    Both loops read the kernel in this orientation, which is a tied embedding's own: XLA on CPU copies a transposed one.
+    """
+    return jnp.matmul(hidden, vectors.T, preferred_element_type=jnp.float32)
 
 
 def _statistics(logits: Array, targets: Array, axis: str | None) -> tuple[Array, Array, Array, Array]:
@@ -69,8 +73,10 @@ def _local_forward(
 ) -> tuple[Array, Array, Array]:
     """(log-probability, is the target a most likely token, logsumexp) of this device's tokens, [B, T] each."""
 
+    vectors = kernel.T
+
     def body(carry: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
-        target, highest, _, total = _statistics(_logits(part[0], kernel), part[1], axis)
+        target, highest, _, total = _statistics(_logits(part[0], vectors), part[1], axis)
         logsumexp = highest + jnp.log(total)
         return carry, (target - logsumexp, target >= highest, logsumexp)
 
@@ -96,11 +102,12 @@ def _local_gradients(
     d logprob / d logits = onehot(target) - softmax. A known logsumexp saves the passes over the logits that find it;
     the first two results are then not to be used.
     """
-    ids = _first_id(kernel.shape[1], axis) + jnp.arange(kernel.shape[1])
+    vectors = kernel.T
+    ids = _first_id(vectors.shape[0], axis) + jnp.arange(vectors.shape[0])
 
-    def body(kernel_gradient: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:
+    def body(gradient: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:
         tokens, target_ids, weight, *known = part
-        logits = _logits(tokens, kernel)
+        logits = _logits(tokens, vectors)
         if known:
             logprobs, is_top = jnp.zeros_like(weight), jnp.zeros(weight.shape, bool)
             softmax = jnp.exp(logits - known[0][:, None])
@@ -110,19 +117,19 @@ def _local_gradients(
             softmax = exponentials / total[:, None]
         slope = weight[:, None] * ((ids == target_ids[:, None]).astype(jnp.float32) - softmax)
         slope = slope.astype(kernel.dtype)
-        kernel_gradient += jnp.matmul(tokens.T, slope, preferred_element_type=jnp.float32)
-        return kernel_gradient, (logprobs, is_top, jnp.matmul(slope, kernel.T, preferred_element_type=jnp.float32))
+        gradient += jnp.matmul(slope.T, tokens, preferred_element_type=jnp.float32)
+        return gradient, (logprobs, is_top, jnp.matmul(slope, vectors, preferred_element_type=jnp.float32))
 
     flat = [leaf.reshape(-1) for leaf in (targets, weights, logsumexp) if leaf is not None]
     parts = tuple(_chunked(leaf, chunk) for leaf in (hidden.reshape(-1, hidden.shape[-1]), *flat))
-    kernel_gradient, outputs = _over_chunks(body, jnp.zeros(kernel.shape, jnp.float32), parts)
+    gradient, outputs = _over_chunks(body, jnp.zeros(vectors.shape, jnp.float32), parts)
     logprobs, is_top = (leaf.reshape(-1)[: targets.size].reshape(targets.shape) for leaf in outputs[:2])
     hidden_gradient = outputs[2].reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
     if axis:
         hidden_gradient = jax.lax.psum(hidden_gradient, axis)
     if batch_axes:
-        kernel_gradient = jax.lax.psum(kernel_gradient, batch_axes)
-    return logprobs, is_top, hidden_gradient.astype(hidden.dtype), kernel_gradient.astype(kernel.dtype)
+        gradient = jax.lax.psum(gradient, batch_axes)
+    return logprobs, is_top, hidden_gradient.astype(hidden.dtype), gradient.T.astype(kernel.dtype)
 
 
 def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, results: str) -> Callable[..., Any]:

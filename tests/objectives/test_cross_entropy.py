@@ -207,7 +207,7 @@ def test_kernel_gradient_is_summed_over_devices_once(function, shape):
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     text = compiled_at(function, 8, 128, 48, 512, 1024 // shards // 4, mesh, places).as_text()
     inner, outer = text.split("\nENTRY ")
-    gradient = f"f32[48,{512 // mesh.shape['tensor']}]"
+    gradient = f"f32[{512 // mesh.shape['tensor']},48]"
 
     def sums(part: str) -> int:
         return sum(" all-reduce(" in line and gradient in line for line in part.splitlines())
