@@ -46,7 +46,7 @@ def test_the_environment_names_the_compilation_cache(tmp_path):
     assert measure(JAX_COMPILATION_CACHE_DIR=str(tmp_path))["cache"] == str(tmp_path)
 
 
-@pytest.mark.skipif("glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="only glibc's malloc can be told")
+@pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="only glibc's malloc can be told")
 def test_temporary_memory_is_kept_between_steps():
     """64 MiB are 16384 pages a step: all of them are fresh in the plain process, next to none after configure."""
     assert measure("plain")["faults"] > 3 * 10_000

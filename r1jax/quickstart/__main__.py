@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from r1jax import commands, config, train
+from r1jax import commands, config, runtime, train
 from r1jax.config.errors import need, require
 from r1jax.quickstart import story
 from r1jax.quickstart.measure import NUM_SAMPLES, Measurement, measure
