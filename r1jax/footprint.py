@@ -166,12 +166,13 @@ def device_limit(device: Any) -> int | None:
 
 
 def table(footprint: Footprint, limit: int | None) -> Table:
-    """The parts and their sum in GiB, against the device's memory where that is known."""
+    """The parts and their sum in GiB (in MiB below one), against the device's memory where that is known."""
+    unit, size_of_unit = ("GiB", GIB) if footprint.total >= GIB else ("MiB", GIB / 1024)
     shown = Table(title="memory on each device (estimate)", show_footer=True)
-    shown.add_column("for", footer="total" if limit is None else f"total of {limit / GIB:.2f}")
-    shown.add_column("GiB", footer=f"{footprint.total / GIB:.2f}", justify="right")
+    shown.add_column("for", footer="total" if limit is None else f"total of {limit / size_of_unit:.2f}")
+    shown.add_column(unit, footer=f"{footprint.total / size_of_unit:.2f}", justify="right")
     for name, size in footprint.parts.items():
-        shown.add_row(name, f"{size / GIB:.2f}")
+        shown.add_row(name, f"{size / size_of_unit:.2f}")
     return shown
 
 

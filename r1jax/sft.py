@@ -29,6 +29,7 @@ from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
+from r1jax.training.profiling import profiled
 from r1jax.training.recorder import Recorder
 from r1jax.training.resume import find_start, restore
 from r1jax.training.source import Source, export_model, first_params, read_source
@@ -135,6 +136,7 @@ def train_model(
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, int]:
     """(the final state, updates done)."""
+    noise = config.objective.neftune_noise_alpha or 0.0
     loss = make_nll(
         source.decoder,
         dtype=config.model.compute_dtype,
@@ -142,9 +144,12 @@ def train_model(
         chunk=config.model.loss_chunk_size,
         constrain=make_constrain(layout.mesh, layout.specs),
         mesh=layout.mesh,
+        by_probability=config.objective.loss_type == "dft",
+        neftune_noise_alpha=noise,
     )
     plan = train.plan
-    step = make_train_step(loss, config.optimizer, make_schedule(config.optimizer, plan.num_steps), layout)
+    schedule = make_schedule(config.optimizer, plan.num_steps)
+    step = make_train_step(loss, config.optimizer, schedule, layout, seed=config.run.seed if noise else None)
     eval_step = make_eval_step(loss, layout)
 
     def inputs() -> Iterator[loop.StepInput]:
@@ -177,7 +182,7 @@ def train_model(
         recorder.emit(0, measure(state))
     final, done = loop.run(
         state,
-        inputs(),
+        profiled(inputs(), config.run.profiled_steps(), Path(config.run.output_dir) / "profile"),
         step,
         cadence=make_cadence(config, plan.num_steps, plan.num_steps_per_epoch),
         recorder=recorder,

@@ -1,7 +1,6 @@
 """The GRPO objective (defaults of TRL 0.18, the version open-r1 runs)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from r1jax.config.errors import at_least, require
 
@@ -10,9 +9,6 @@ from r1jax.config.errors import at_least, require
 class GrpoConfig:
     beta: float = 0.04
     """Weight of the KL term against the frozen reference; 0 means none, and no reference in memory."""
-
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "bnpo"
-    """How token losses are averaged."""
 
     scale_rewards: bool = True
     """Divide a group's advantages by the standard deviation of its rewards."""

@@ -1,4 +1,4 @@
-"""How completions are sampled: geometry of a generation batch, lengths, and the sampling distribution."""
+"""How completions are sampled: geometry of a generation batch, lengths, the sampling distribution, what is shown."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -44,11 +44,21 @@ class SamplingConfig:
     shuffle_dataset: bool = True
     """Permute prompts each epoch."""
 
+    log_completions: bool = False
+    """Show a table of prompts, completions and rewards at each logged step."""
+
+    num_completions_to_print: int = 0
+    """Rows of that table; 0 means all."""
+
+    wandb_log_unique_prompts: bool = True
+    """Send each prompt once a step to W&B instead of once a completion."""
+
     def __post_init__(self) -> None:
         groups = "advantages compare completions of one prompt"
         at_least("num_generations", self.num_generations, 2, groups)
         at_least("generation_batch_size", self.generation_batch_size, 1, "remove the key to derive it")
         at_least("steps_per_generation", self.steps_per_generation, 1, "remove the key to derive it")
+        at_least("num_completions_to_print", self.num_completions_to_print, 0, "0 means all")
         at_least("max_prompt_length", self.max_prompt_length, 1, "null means no cut")
         at_least("max_completion_length", self.max_completion_length, 1, "256 is the default")
         require(self.temperature > 0, "temperature", "x > 0", self.temperature, "1.0 samples as the model is")

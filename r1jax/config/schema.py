@@ -17,11 +17,12 @@ from r1jax.config.geometry import check_generation_batch
 from r1jax.config.grpo import GrpoConfig
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.model import ModelConfig
+from r1jax.config.objective import ObjectiveConfig
 from r1jax.config.optimizer import OptimizerConfig
 from r1jax.config.rewards import CodeRewardsConfig, RewardsConfig
 from r1jax.config.run import RunSettings
 from r1jax.config.sampling import SamplingConfig
-from r1jax.config.tracking import CompletionLogConfig, LoggingConfig
+from r1jax.config.tracking import LoggingConfig
 from r1jax.config.vllm import VllmConfig
 
 
@@ -38,6 +39,9 @@ class RunConfig:
 
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Sequences in a step, steps in the run."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What is minimised."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and the schedule."""
@@ -58,7 +62,7 @@ class RunConfig:
     """GRPO: the objective."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """GRPO: how completions are sampled."""
+    """GRPO: how completions are sampled and shown."""
 
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """GRPO: the vLLM server."""
@@ -69,11 +73,9 @@ class RunConfig:
     code_rewards: CodeRewardsConfig = field(default_factory=CodeRewardsConfig)
     """GRPO: rewards that run code."""
 
-    completions: CompletionLogConfig = field(default_factory=CompletionLogConfig)
-    """GRPO: which completions are shown."""
-
     def __post_init__(self) -> None:
         self._check_evaluation()
+        self.objective.check(self.run.task)
         if self.run.task == "grpo":
             check_generation_batch(self.batch, self.sampling, self.mesh.data_shards)
 
@@ -92,7 +94,7 @@ class RunConfig:
         require(bounded, "max_length", "a number when eval_packing is true", self.data.max_length, "set max_length")
 
 
-GRPO_GROUPS = ("grpo", "sampling", "vllm", "rewards", "code_rewards", "completions")
+GRPO_GROUPS = ("grpo", "sampling", "vllm", "rewards", "code_rewards")
 
 # Keys that only the sft task reads; everything outside them and GRPO_GROUPS is read by both.
 SFT_ONLY = frozenset(
@@ -103,12 +105,13 @@ SFT_ONLY = frozenset(
         "packing",
         "packing_strategy",
         "completion_only_loss",
+        "neftune_noise_alpha",
         "eval_packing",
     }
 )
 
 # Where the two trainers' defaults differ in TRL; the dataclass has the sft one.
-GRPO_DEFAULTS: Mapping[str, object] = {"learning_rate": 1e-6}
+GRPO_DEFAULTS: Mapping[str, object] = {"learning_rate": 1e-6, "loss_type": "bnpo"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from r1jax.config.errors import at_least, require
+from r1jax.config.errors import require
 from r1jax.config.intervals import check_interval
 
 Tracker = Literal["tensorboard", "wandb"]
@@ -47,18 +47,3 @@ class LoggingConfig:
             return ("tensorboard", "wandb")
         known: tuple[Tracker, ...] = ("tensorboard", "wandb")
         return tuple(name for name in known if name in self.report_to)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompletionLogConfig:
-    log_completions: bool = False
-    """Show a table of prompts, completions and rewards at each logged step."""
-
-    num_completions_to_print: int = 0
-    """Rows of that table; 0 means all."""
-
-    wandb_log_unique_prompts: bool = True
-    """Send each prompt once a step to W&B instead of once a completion."""
-
-    def __post_init__(self) -> None:
-        at_least("num_completions_to_print", self.num_completions_to_print, 0, "0 means all")

@@ -96,11 +96,12 @@ def _local_gradients(
     chunk: int,
     axis: str | None,
     batch_axes: tuple[str, ...],
+    by_probability: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
     """(log-probability [B, T], is top [B, T], gradients of sum(weights * logprob): hidden [B, T, D], kernel [D, V]).
 
     d logprob / d logits = onehot(target) - softmax. A known logsumexp saves the passes over the logits that find it;
-    the first two results are then not to be used.
+    the first two results are then not to be used. by_probability multiplies each weight by the target's probability.
     """
     vectors = kernel.T
     ids = _first_id(vectors.shape[0], axis) + jnp.arange(vectors.shape[0])
@@ -115,6 +116,7 @@ def _local_gradients(
             target, highest, exponentials, total = _statistics(logits, target_ids, axis)
             logprobs, is_top = target - highest - jnp.log(total), target >= highest
             softmax = exponentials / total[:, None]
+            weight = weight * jnp.exp(logprobs) if by_probability else weight
         slope = weight[:, None] * ((ids == target_ids[:, None]).astype(jnp.float32) - softmax)
         slope = slope.astype(kernel.dtype)
         gradient += jnp.matmul(slope.T, tokens, preferred_element_type=jnp.float32)
@@ -146,9 +148,15 @@ def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, res
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-def _gradients(chunk: int, mesh: Mesh | None, arguments: str) -> Callable[..., Any]:
+def _gradients(chunk: int, mesh: Mesh | None, arguments: str, *, by_probability: bool = False) -> Callable[..., Any]:
     axes = ("data", "fsdp", "context") if mesh else ()
-    local = functools.partial(_local_gradients, chunk=chunk, axis="tensor" if mesh else None, batch_axes=axes)
+    local = functools.partial(
+        _local_gradients,
+        chunk=chunk,
+        axis="tensor" if mesh else None,
+        batch_axes=axes,
+        by_probability=by_probability,
+    )
     return _mapped(local, mesh, arguments, "tthk")
 
 
@@ -194,30 +202,42 @@ def weighted_nll(
     weights: Float[Array, "B T"],
     chunk: int,
     mesh: Mesh | None = None,
+    *,
+    by_probability: bool = False,
 ) -> tuple[Float[Array, ""], Bool[Array, "B T"]]:
     """-sum(weights * log-probability of the target), and whether no token is likelier; as `token_logprobs` otherwise.
 
     Where it is differentiated the gradients are made with the value, as the weights are known: three products with
     the vocabulary instead of four (the fused loss of Liger-Kernel, Hsu et al. 2024). Weights have no gradient.
+    by_probability: each weight is multiplied by the target's probability, itself a constant (DFT, Wu et al. 2025).
     """
-    return _weighted(hidden, kernel, targets, weights, chunk, mesh)
+    return _weighted(hidden, kernel, targets, weights, chunk, mesh, by_probability)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _weighted(hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None) -> Any:
+def _total(weights: Array, logprobs: Array, by_probability: bool) -> Array:
+    return -jnp.sum((weights * jnp.exp(logprobs) if by_probability else weights) * logprobs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _weighted(
+    hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None, by_probability: bool
+) -> Any:
     logprobs, is_top = _forward(hidden, kernel, targets, chunk, mesh)[0]
-    return -jnp.sum(weights * logprobs), is_top
+    return _total(weights, logprobs, by_probability), is_top
 
 
 def _weighted_forward(
-    hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None
+    hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None, by_probability: bool
 ) -> tuple[Any, Any]:
-    logprobs, is_top, *gradients = _gradients(chunk, mesh, "hktt")(hidden, kernel, targets, -weights)
-    return (-jnp.sum(weights * logprobs), is_top), gradients
+    made = _gradients(chunk, mesh, "hktt", by_probability=by_probability)(hidden, kernel, targets, -weights)
+    logprobs, is_top, *gradients = made
+    return (_total(weights, logprobs, by_probability), is_top), gradients
 
 
-def _weighted_backward(chunk: int, mesh: Mesh | None, gradients: Any, cotangents: Any) -> tuple[Any, ...]:
-    del chunk, mesh
+def _weighted_backward(
+    chunk: int, mesh: Mesh | None, by_probability: bool, gradients: Any, cotangents: Any
+) -> tuple[Any, ...]:
+    del chunk, mesh, by_probability
     hidden, kernel = ((cotangents[0] * leaf.astype(jnp.float32)).astype(leaf.dtype) for leaf in gradients)
     return hidden, kernel, None, None
 

@@ -14,9 +14,10 @@ from r1jax.batch import PackedBatch
 from r1jax.models.config import DecoderConfig
 from r1jax.models.transformer import Constrain, RematPolicy, forward, output_kernel, prepare, unconstrained
 from r1jax.objectives.cross_entropy import default_chunk, weighted_nll
+from r1jax.objectives.neftune import neftune
 
-Loss = Callable[[Any, PackedBatch], tuple[Float[Array, ""], dict[str, Array]]]
-"""(parameters, micro-batch [B, T]) -> (loss, sums): both add up over the micro-batches of a step."""
+Loss = Callable[..., tuple[Float[Array, ""], dict[str, Array]]]
+"""(parameters, micro-batch [B, T], key or nothing) -> (loss, sums): both add up over the micro-batches of a step."""
 
 
 def _shifted(x: Int[Array, "B T"] | Float[Array, "B T"]) -> Array:
@@ -32,21 +33,39 @@ def make_nll(
     chunk: int | None = None,
     constrain: Constrain = unconstrained,
     mesh: Mesh | None = None,
+    by_probability: bool = False,
+    neftune_noise_alpha: float = 0.0,
 ) -> Loss:
     """The weighted negative log-likelihood, sum over tokens of loss_weight * -log p(token | its document so far).
 
+    by_probability: times p, taken as a constant (`loss_type: dft`). neftune_noise_alpha: noise on the embeddings where
+    nll gets a key, which evaluation does not give it.
     sums: correct_tokens (trained tokens that were a most likely one) and loss_tokens (trained tokens), float32.
     """
     size = chunk or default_chunk(config.vocab_size)
 
-    def nll(params: Any, batch: PackedBatch) -> tuple[Float[Array, ""], dict[str, Array]]:
+    def nll(params: Any, batch: PackedBatch, key: Array | None = None) -> tuple[Float[Array, ""], dict[str, Array]]:
         params = prepare(params, jnp.dtype(dtype), constrain)
+        noisy = key is not None and neftune_noise_alpha > 0
+
+        def perturb(embedded: Array) -> Array:
+            return neftune(embedded, batch.layout, neftune_noise_alpha, key) if noisy else embedded
+
         hidden = forward(
-            params, batch.tokens, batch.layout, config, dtype=jnp.dtype(dtype), remat=remat, constrain=constrain
+            params,
+            batch.tokens,
+            batch.layout,
+            config,
+            dtype=jnp.dtype(dtype),
+            remat=remat,
+            constrain=constrain,
+            perturb=perturb,
         )
         # Padding's log-probabilities are finite but meaningless; its weight is 0.
         weights = _shifted(batch.loss_weight)
-        loss, is_top = weighted_nll(hidden, output_kernel(params), _shifted(batch.tokens), weights, size, mesh)
+        loss, is_top = weighted_nll(
+            hidden, output_kernel(params), _shifted(batch.tokens), weights, size, mesh, by_probability=by_probability
+        )
         mask = _shifted(batch.loss_mask).astype(jnp.float32)
         return loss, {"correct_tokens": jnp.sum(mask * is_top.astype(jnp.float32)), "loss_tokens": jnp.sum(mask)}
 

@@ -278,7 +278,7 @@ def test_grpo_recipe_loads(load, name):
     assert resolved.config.run.task == "grpo"
     assert resolved.origins["task"] == "inferred"
     assert resolved.config.sampling.rollout_engine == "vllm"
-    assert resolved.config.completions.log_completions
+    assert resolved.config.sampling.log_completions
 
 
 def test_recipe_values_arrive(load):
@@ -288,7 +288,7 @@ def test_recipe_values_arrive(load):
     assert (run.data.max_length, run.data.dataset_num_proc) == (22528, 12)
     assert run.checkpoint.save_only_model
     run = load(COMMON + GRPO_COMMON + GRPO["Coder-7B codeforces"]).config
-    assert (run.grpo.loss_type, run.grpo.scale_rewards, run.grpo.beta) == ("dr_grpo", False, 0.0)
+    assert (run.objective.loss_type, run.grpo.scale_rewards, run.grpo.beta) == ("dr_grpo", False, 0.0)
     assert run.rewards.reward_funcs == ("cf_code", "code_format")
     assert run.rewards.reward_weights == (1.0, 0.1)
     assert run.checkpoint.save_steps == 0.05

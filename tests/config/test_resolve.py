@@ -109,8 +109,8 @@ def test_keys_that_are_not_ours(keys, line):
 
 
 def test_features_that_are_switched_off_load():
-    resolved = config.resolve(BASE | {"use_peft": False, "neftune_noise_alpha": None})
-    assert dict(resolved.ignored) == dict.fromkeys(["use_peft", "neftune_noise_alpha"], "it is off, as r1jax has it")
+    resolved = config.resolve(BASE | {"use_peft": False, "load_in_4bit": None})
+    assert dict(resolved.ignored) == dict.fromkeys(["use_peft", "load_in_4bit"], "it is off, as r1jax has it")
 
 
 def test_foreign_keys_take_any_value():

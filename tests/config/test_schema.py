@@ -36,7 +36,7 @@ def test_defaults_are_those_of_trl_018():
     assert (sft.checkpoint.save_steps, sft.logging.logging_steps, sft.logging.trackers) == (500, 500, ("tensorboard",))
     grpo = config.resolve(BASE | {"task": "grpo"}).config
     assert grpo.optimizer.learning_rate == 1e-6
-    assert (grpo.grpo.beta, grpo.grpo.loss_type, grpo.grpo.epsilon, grpo.grpo.scale_rewards) == (
+    assert (grpo.grpo.beta, grpo.objective.loss_type, grpo.grpo.epsilon, grpo.grpo.scale_rewards) == (
         0.04,
         "bnpo",
         0.2,
@@ -91,6 +91,19 @@ REFUSALS = [
         "per_device_train_batch_size: need x >= 1, got 0; use at least one sequence",
     ),
     ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: need x >= 1, got 0; 1 means no accumulation"),
+    (
+        {"loss_type": "dapo"},
+        "loss_type: need one of nll, chunked_nll, dft for task sft, got 'dapo'; choose one, or set task",
+    ),
+    (
+        {"task": "grpo", "loss_type": "dft"},
+        "loss_type: need one of grpo, bnpo, dr_grpo, dapo for task grpo, got 'dft'; choose one, or set task",
+    ),
+    (
+        {"neftune_noise_alpha": -1},
+        "neftune_noise_alpha: need x >= 0, got -1; 5 is usual; remove the key for no noise",
+    ),
+    ({"profile_steps": "5-3"}, "profile_steps: need a step, or first-last, got '5-3'; write 10-12 for three steps"),
     ({"seed": -1}, "seed: need 0 <= x < 2**32, got -1; choose a number in that range"),
     ({"seed": 2**32}, "seed: need 0 <= x < 2**32, got 4294967296; choose a number in that range"),
     ({"output_dir": " "}, "output_dir: need a folder name, got ' '; name a folder"),

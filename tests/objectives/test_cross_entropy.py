@@ -138,6 +138,24 @@ def test_bfloat16_keeps_float32_logits():
     np.testing.assert_allclose(uniform, -np.log(VOCAB), rtol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [9, 1000])
+def test_weights_times_probability(chunk):
+    """DFT: the probability multiplies the weight and is a constant for the gradient (float64 by hand, 1e-6)."""
+    hidden, kernel, targets, weights = random_case()
+    probabilities = np.exp(by_hand(hidden, kernel, targets, weights)[0])
+    scaled = by_hand(hidden, kernel, targets, weights * probabilities)
+    expected = -(weights * probabilities * scaled[0]).sum()
+
+    def dft(hidden, kernel):
+        return weighted_nll(hidden, kernel, *map(jnp.asarray, (targets, weights)), chunk, by_probability=True)[0]
+
+    arrays = jnp.asarray(hidden), jnp.asarray(kernel)
+    np.testing.assert_allclose(jax.jit(dft)(*arrays), expected, rtol=1e-6)
+    value, gradients = jax.jit(jax.value_and_grad(dft, argnums=(0, 1)))(*arrays)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert_same([-leaf for leaf in gradients], scaled[2:], 1e-6)
+
+
 def on_mesh(shape: dict[str, int]):
     """The mesh, and the shardings of hidden, kernel, targets and weights on it."""
     mesh = make_mesh(MeshConfig(**shape))

@@ -143,3 +143,14 @@ def test_bfloat16_is_near_float32(params):
     np.testing.assert_allclose(other, loss, rtol=1e-2)
     assert {leaf.dtype for leaf in jax.tree.leaves(other_gradients)} == {jnp.dtype(jnp.float32)}
     assert relative_error(other_gradients, gradients) <= 5e-2
+
+
+def test_noise_only_with_a_key(params):
+    """Without a key (evaluation) the loss is the plain one; with one it differs, by the key and by nothing else."""
+    batch = pack(PACKED, TIGHT)
+    noisy = jax.jit(make_nll(CONFIG, neftune_noise_alpha=5.0))
+    plain = jax.jit(make_nll(CONFIG))(params, batch)[0]
+    assert noisy(params, batch)[0] == plain
+    first, again, second = (noisy(params, batch, jax.random.key(seed))[0] for seed in (1, 1, 2))
+    assert first == again
+    assert len({float(plain), float(first), float(second)}) == 3

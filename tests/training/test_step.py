@@ -129,3 +129,26 @@ def test_work_is_shared_by_all_devices(decoder):
         return analysis["flops"]
 
     assert flops({"mesh_fsdp": 8}, 128) <= 1.05 * flops(ONE, 1024) / 8
+
+
+def test_random_draws_are_of_seed_step_and_micro_batch(decoder, one, first, batch):
+    """The loss here is what it draws: the same step draws the same after a resume, another step, seed or micro-batch
+    another number; without a seed the loss gets no key."""
+    layout, plain = one
+
+    def drawing(params, micro_batch, key=None):
+        value, sums = plain(params, micro_batch)
+        drawn = 0.0 if key is None else jax.random.uniform(key)
+        return value, sums | {"drawn": jax.numpy.asarray(drawn), "squared": jax.numpy.asarray(drawn) ** 2}
+
+    def drawn(seed, at):
+        step = make_train_step(drawing, OPTIMIZER, make_schedule(OPTIMIZER, 10), layout, seed=seed)
+        start = dataclasses.replace(first, step=np.asarray(at, np.int32))
+        metrics = step(jax.device_put(start, layout.shardings), jax.device_put(batch, layout.batch))[1]
+        return float(metrics["drawn"]), float(metrics["squared"])
+
+    assert drawn(1, 3) == drawn(1, 3)
+    assert len({drawn(1, 3), drawn(1, 4), drawn(2, 3)}) == 3
+    total, squares = drawn(1, 3)
+    assert squares > 1.001 * total**2 / 2  # equal only if both micro-batches drew the same
+    assert drawn(None, 3) == (0.0, 0.0)

@@ -1,0 +1,30 @@
+"""What is minimised, in both tasks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from r1jax.config.errors import at_least, require
+
+LossType = Literal["nll", "chunked_nll", "dft", "grpo", "bnpo", "dr_grpo", "dapo"]
+SFT_LOSSES = ("nll", "chunked_nll", "dft")
+GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    loss_type: LossType = "nll"
+    """sft: nll (chunked_nll is the same: always in chunks) or dft (nll times p); grpo: how tokens are averaged."""
+
+    neftune_noise_alpha: float | None = None
+    """sft: scale of uniform noise on the embeddings while training (NEFTune); null means none."""
+
+    def __post_init__(self) -> None:
+        at_least("neftune_noise_alpha", self.neftune_noise_alpha, 0, "5 is usual; remove the key for no noise")
+
+    def check(self, task: str) -> None:
+        """Raises `UserError` for a loss of the other task."""
+        losses = SFT_LOSSES if task == "sft" else GRPO_LOSSES
+        known = self.loss_type in losses
+        require(
+            known, "loss_type", f"one of {', '.join(losses)} for task {task}", self.loss_type, "choose one, or set task"
+        )
