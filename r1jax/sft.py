@@ -78,7 +78,7 @@ def read_rows(config: RunConfig, source: Source, shards: int) -> tuple[Rows, Row
     batch, evaluation = config.batch, config.evaluation
 
     def rows(which: Any, packing: bool, **plan: Any) -> Rows:
-        loaded = load_split(config.data, which)
+        loaded = load_split(config.data, which, config.mixture)
         row_format = detect_format(loaded, config.data)
         encoder = RowEncoder(tokenizer=source.tokenizer, row_format=row_format, max_length=config.data.max_length)
         tokenized = tokenise(loaded, encoder, num_workers=config.data.dataset_num_proc)
