@@ -5,6 +5,8 @@ from typing import Literal
 
 from r1jax.config.errors import at_least, require
 
+PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -44,8 +46,8 @@ class DataConfig:
     packing: bool = False
     """Fill each row with several documents, kept apart by segment ids; a step then has the same number of rows."""
 
-    packing_strategy: Literal["bfd"] = "bfd"
-    """How documents are packed: best fit by decreasing length."""
+    packing_strategy: PackingStrategy = "bfd"
+    """bfd: best fit, documents cut to max_length; bfd_split: these cut in pieces; wrapped: end to end, cut anywhere."""
 
     dataset_num_proc: int | None = None
     """Parallel workers that tokenise; null lets r1jax choose."""

@@ -193,6 +193,8 @@ def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
         return "max_steps is positive and decides the length of the run"
     if name == "warmup_ratio" and chosen["warmup_steps"] > 0:
         return "warmup_steps is positive and decides the warm-up"
+    if name == "packing_strategy" and not (chosen["packing"] or chosen["eval_packing"]):
+        return "packing is false"
     if name == "remat_policy" and not chosen["gradient_checkpointing"]:
         return "gradient_checkpointing is false"
     if name in ("save_steps", "eval_steps", "logging_steps"):

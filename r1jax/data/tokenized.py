@@ -29,11 +29,11 @@ class TokenizedRows:
     tokens: np.ndarray
     """int32 [sum of lengths]"""
     loss_mask: np.ndarray
-    """bool [sum of lengths]: train on this token; never on a row's first."""
+    """bool [sum of lengths]: train on this token, unless it is a row's first."""
     lengths: np.ndarray
     """int32 [N]"""
     loss_tokens: np.ndarray
-    """int32 [N]: tokens of each row that are trained on, at least one."""
+    """int32 [N]: tokens of each row that are trained on, at least one; in pieces of rows also none."""
     offsets: np.ndarray
     """int64 [N + 1]: row i is tokens[offsets[i]:offsets[i + 1]]."""
     num_dropped: int
@@ -49,7 +49,11 @@ class TokenizedRows:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [T] and loss mask bool [T] of one row."""
         span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.tokens[span], self.loss_mask[span]
+        loss_mask = self.loss_mask[span]
+        if loss_mask[0]:  # a later piece of a row: what this token follows is not here
+            loss_mask = loss_mask.copy()
+            loss_mask[0] = False
+        return self.tokens[span], loss_mask
 
 
 def tokenise(

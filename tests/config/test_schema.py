@@ -113,7 +113,10 @@ REFUSALS = [
         {"max_length": None, "eval_packing": True, "do_eval": True},
         "max_length: need a number when eval_packing is true, got null; set max_length",
     ),
-    ({"packing_strategy": "wrapped"}, "packing_strategy: need one of bfd, got 'wrapped'; choose one of them"),
+    (
+        {"packing_strategy": "wraped"},
+        "packing_strategy: need one of bfd, bfd_split, wrapped, got 'wraped'; did you mean wrapped?",
+    ),
     ({"dataset_num_proc": 0}, "dataset_num_proc: need x >= 1, got 0; remove the key to let r1jax choose"),
     ({"loss_chunk_size": 0}, "loss_chunk_size: need x >= 1, got 0; remove the key to let r1jax choose"),
     (
