@@ -9,7 +9,7 @@ _HUB = "nothing is pushed to the hub: the finished model is in output_dir, ready
 _PASS_RATE = "only pass-rate filtering reads it, training does not"
 _ROUTER = "open-r1 never passes it to the reward; code runs where code_provider says"
 _LOADER = "grain reads and prefetches rows; dataset_num_proc sets the workers that tokenise"
-_MAPPED = "rows are mapped from disk, so a dataset need not fit in memory"
+_MAPPED = "rows and tokens are mapped from disk, so a dataset need not fit in memory"
 _TORCH = "it tunes torch's distributed training; mesh_* and zero_stage decide here"
 
 FOREIGN: dict[str, str] = {
