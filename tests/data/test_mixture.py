@@ -106,6 +106,20 @@ def test_trl_list_of_files(tmp_path: Path):
     assert len(load(config, "test")) == 2
 
 
+def test_same_mixture_has_the_same_fingerprint_when_it_is_loaded_again(tmp_path: Path):
+    """Tokenised rows are found again by it."""
+    entries = tuple(WeightedDataset(id=write(tmp_path, name, 0, 30), weight=0.5) for name in ("a.jsonl", "b.jsonl"))
+    cases: list[tuple[int, Literal["train", "test"]]] = [(1, "train"), (1, "train"), (1, "test"), (2, "train")]
+    fingerprints = [
+        load(
+            MixtureConfig(dataset_mixture=DatasetMixture(datasets=entries, seed=seed, test_split_size=4)), which
+        )._fingerprint
+        for seed, which in cases
+    ]
+    assert fingerprints[0] == fingerprints[1]
+    assert len(set(fingerprints)) == 3
+
+
 @pytest.mark.parametrize(
     ("entry", "line"),
     [
