@@ -15,6 +15,7 @@ from r1jax.data.batches import BatchStream, Weigh
 from r1jax.data.encoding import RowEncoder
 from r1jax.data.formats import detect_format
 from r1jax.data.packing import Plan, make_plan
+from r1jax.data.pieces import cut_rows
 from r1jax.data.sources import load_split
 from r1jax.data.tokenized import TokenizedRows, tokenise
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
@@ -79,12 +80,17 @@ def read_rows(config: RunConfig, source: Source, shards: int) -> tuple[Rows, Row
     batch, evaluation = config.batch, config.evaluation
 
     def rows(which: Any, packing: bool, **plan: Any) -> Rows:
-        loaded = load_split(config.data, which)
+        loaded = load_split(config.data, which, config.mixture)
         row_format = detect_format(loaded, config.data)
-        encoder = RowEncoder(tokenizer=source.tokenizer, row_format=row_format, max_length=config.data.max_length)
+        max_length, strategy = config.data.max_length, config.data.packing_strategy
+        # The strategies that cut rows in pieces get them whole.
+        kept = None if packing and strategy != "bfd" else max_length
+        encoder = RowEncoder(tokenizer=source.tokenizer, row_format=row_format, max_length=kept)
         tokenized = tokenise(loaded, encoder, num_workers=config.data.dataset_num_proc)
+        if packing and strategy != "bfd" and max_length is not None:
+            tokenized = cut_rows(tokenized, max_length, strategy)
         made = make_plan(
-            tokenized.lengths, packing=packing, max_length=config.data.max_length, seed=config.run.seed, **plan
+            tokenized.lengths, packing=packing, strategy=strategy, max_length=max_length, seed=config.run.seed, **plan
         )
         return Rows(tokenized=tokenized, plan=made)
 

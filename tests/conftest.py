@@ -1,6 +1,7 @@
 """What every test stands on: eight CPU devices, full fp32 matrix products, strict dtype promotion, no network."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Read when the library is first imported, so before anything below imports it.
@@ -16,6 +17,10 @@ NOT_RUN = "NOT RUN: set R1JAX_TEST_ASSETS to the folder with the data"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets jax up before any test imports r1jax: a backend that has started keeps its number of devices."""
+    # No test finds rows that an earlier run has tokenised; processes that a test starts read the variable too.
+    cache = tempfile.TemporaryDirectory(prefix="r1jax-cache-")
+    os.environ["R1JAX_CACHE"] = cache.name
+    config.add_cleanup(cache.cleanup)
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from r1jax.config.errors import at_least, need, require
+from r1jax.config.errors import at_least, require
+
+PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,8 @@ class DataConfig:
     packing: bool = False
     """Fill each row with several documents, kept apart by segment ids; a step then has the same number of rows."""
 
-    packing_strategy: Literal["bfd"] = "bfd"
-    """How documents are packed: best fit by decreasing length."""
+    packing_strategy: PackingStrategy = "bfd"
+    """bfd: best fit, documents cut to max_length; bfd_split: these cut in pieces; wrapped: end to end, cut anywhere."""
 
     dataset_num_proc: int | None = None
     """Parallel workers that tokenise; null lets r1jax choose."""
@@ -54,13 +56,6 @@ class DataConfig:
     """Train on completions only; null: true for prompt/completion rows, false for others."""
 
     def __post_init__(self) -> None:
-        if self.dataset_name is None and self.dataset_train_file is None:
-            raise need(
-                "dataset_name",
-                "a dataset (or dataset_train_file)",
-                "null",
-                "name a hub id, a folder or a data file",
-            )
         at_least("max_length", self.max_length, 2, "a sequence needs a token to read and one to predict; null = no cut")
         at_least("dataset_num_proc", self.dataset_num_proc, 1, "remove the key to let r1jax choose")
         bounded = not self.packing or self.max_length is not None

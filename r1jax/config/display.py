@@ -7,7 +7,7 @@ import json
 import logging
 import textwrap
 from collections.abc import Mapping
-from dataclasses import MISSING
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import yaml
@@ -111,6 +111,8 @@ def _shown_keys(config: RunConfig, group: str) -> list[schema.Key]:
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
     return dict(value) if isinstance(value, Mapping) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]

@@ -9,6 +9,7 @@ _HUB = "nothing is pushed to the hub: the finished model is in output_dir, ready
 _PASS_RATE = "only pass-rate filtering reads it, training does not"
 _ROUTER = "open-r1 never passes it to the reward; code runs where code_provider says"
 _LOADER = "grain reads and prefetches rows; dataset_num_proc sets the workers that tokenise"
+_MAPPED = "rows and tokens are mapped from disk, so a dataset need not fit in memory"
 _TORCH = "it tunes torch's distributed training; mesh_* and zero_stage decide here"
 
 FOREIGN: dict[str, str] = {
@@ -42,6 +43,8 @@ FOREIGN: dict[str, str] = {
     "logging_dir": "tensorboard files are written to output_dir/runs",
     "logging_nan_inf_filter": "a loss that is not finite stops the run and names the step",
     "disable_tqdm": "the progress bar is shown on a terminal only",
+    "streaming": _MAPPED,
+    "dataset_streaming": _MAPPED,
     "remove_unused_columns": "columns that nothing reads are never loaded into batches",
     "dataloader_num_workers": _LOADER,
     "dataloader_pin_memory": _LOADER,
@@ -72,7 +75,6 @@ NOT_BUILT: dict[str, str] = {
     "load_in_8bit": "use bf16 and zero_stage 3 to save memory",
     "assistant_only_loss": "use completion_only_loss with prompt/completion rows",
     "load_best_model_at_end": "choose the checkpoint by metrics.jsonl",
-    "dataset_mixture": "join the datasets in one file and name it in dataset_train_file",
     "auto_find_batch_size": "set per_device_train_batch_size",
     "group_by_length": "use packing",
 }

@@ -6,9 +6,9 @@ from typing import Any
 
 from r1jax.config import foreign, schema
 from r1jax.config.errors import UserError, need, shown
+from r1jax.config.nested import convert
 from r1jax.config.schema import RunConfig
 from r1jax.config.sources import Words, read_command_line, read_config_file, read_env, unknown_key
-from r1jax.config.values import convert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,9 @@ def _is_foreign(name: str, value: Given, ignored: list[tuple[str, str]]) -> bool
         raise need(name, "a known key", label.replace("unknown", "old"), f"use {foreign.RENAMED[name]}")
     if name in foreign.ELSEWHERE:
         raise need(name, "another place", shown(raw), foreign.ELSEWHERE[name])
+    whole = name.partition(".")[0]
+    if whole != name and whole in schema.keys():
+        raise need(name, "a whole key", label, f"write --{whole} '{{...}}' as YAML, or change the config file")
     raise unknown_key(name, raw, [*schema.keys(), *foreign.FOREIGN])
 
 
@@ -183,10 +186,15 @@ def _overruled(chosen: Mapping[str, Any], origins: Mapping[str, str]) -> list[tu
 
 def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
     """Why the key has no effect beside the chosen values, or None when it has one."""
+    mixed = next((key for key in ("dataset_mixture", "datasets") if chosen[key] is not None), None)
+    if name in ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split") and mixed:
+        return f"{mixed} names the rows"
     if name == "num_train_epochs" and chosen["max_steps"] > 0:
         return "max_steps is positive and decides the length of the run"
     if name == "warmup_ratio" and chosen["warmup_steps"] > 0:
         return "warmup_steps is positive and decides the warm-up"
+    if name == "packing_strategy" and not (chosen["packing"] or chosen["eval_packing"]):
+        return "packing is false"
     if name == "remat_policy" and not chosen["gradient_checkpointing"]:
         return "gradient_checkpointing is false"
     if name in ("save_steps", "eval_steps", "logging_steps"):

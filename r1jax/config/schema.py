@@ -16,6 +16,7 @@ from r1jax.config.evaluation import EvaluationConfig
 from r1jax.config.geometry import check_generation_batch
 from r1jax.config.grpo import GrpoConfig
 from r1jax.config.mesh import MeshConfig
+from r1jax.config.mixture import MixtureConfig, check_source, has_test_rows
 from r1jax.config.model import ModelConfig
 from r1jax.config.objective import ObjectiveConfig
 from r1jax.config.optimizer import OptimizerConfig
@@ -36,6 +37,9 @@ class RunConfig:
 
     data: DataConfig
     """Rows and how they fill sequences."""
+
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """Several datasets as one."""
 
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Sequences in a step, steps in the run."""
@@ -74,6 +78,7 @@ class RunConfig:
     """GRPO: rewards that run code."""
 
     def __post_init__(self) -> None:
+        check_source(self.data, self.mixture)
         self._check_evaluation()
         self.objective.check(self.run.task)
         if self.run.task == "grpo":
@@ -82,10 +87,10 @@ class RunConfig:
     def _check_evaluation(self) -> None:
         if not (self.evaluation.do_eval or self.evaluation.eval_strategy != "no"):
             return
-        if self.data.dataset_name is None and self.data.dataset_test_file is None:
+        if not has_test_rows(self.data, self.mixture):
             raise need(
                 "dataset_test_file",
-                "a file of held-out rows when do_eval or eval_strategy asks for evaluation",
+                "a file (or a mixture's test_split_size) when do_eval or eval_strategy asks for evaluation",
                 "null",
                 "name one, or set eval_strategy: 'no' and do_eval: false",
             )

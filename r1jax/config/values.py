@@ -9,6 +9,7 @@ import math
 import re
 import types
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
 import yaml
@@ -43,10 +44,14 @@ def described(hint: Any) -> str:
         return " or ".join([*parts, "null"] if types.NoneType in options else parts)
     if origin is Literal:
         return f"one of {', '.join(str(choice) for choice in args)}"
+    if origin is tuple and is_dataclass(args[0]):
+        return f"a list, each entry {described(args[0])}"
     if origin is tuple:
         return f"a list of {_PLURALS.get(args[0], f'names, each {described(args[0])}')}"
     if origin is Mapping:
-        return "a mapping of names to numbers"
+        return f"a mapping of names to {_PLURALS[args[1]]}"
+    if is_dataclass(hint):
+        return f"a mapping with {', '.join(field.name for field in fields(hint))}"
     return _WORDS[hint]
 
 

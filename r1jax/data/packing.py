@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 
+from r1jax.config.data import PackingStrategy
+
 SMALLEST_BUCKET = 64
 
 PackedRow = tuple[int, ...]
@@ -51,6 +53,18 @@ def best_fit(lengths: Integer[np.ndarray, " N"], capacity: int) -> list[list[int
             rows_by_space[left] = collections.deque([row])
             bisect.insort(spaces, left)
     return rows
+
+
+def wrap(lengths: Integer[np.ndarray, " N"], capacity: int) -> list[list[int]]:
+    """Rows of sequence numbers, end to end in their order; no sequence may lie across the end of a row.
+
+    Agrees with TRL's `wrapped` on sequences cut by `piece_boundaries`: every row but the last is full.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    row_of = (ends - lengths) // capacity
+    assert (row_of == (ends - 1) // capacity).all(), "sequences are cut at the ends of rows before they are wrapped"
+    first = np.flatnonzero(np.diff(row_of, prepend=-1))
+    return [part.tolist() for part in np.split(np.arange(len(lengths)), first[1:])]
 
 
 def bucket_length(length: int, max_length: int | None) -> int:
@@ -99,6 +113,8 @@ class Plan:
     """int32 [N]: tokens of each sequence."""
     packed_rows: tuple[PackedRow, ...] | None
     """packing: the rows, made once; None: a row is laid out from the sequences of its step."""
+    strategy: PackingStrategy
+    """How packed_rows were made."""
     max_length: int | None
     rows_per_micro_batch: int
     """B: rows of one micro-batch over all data-parallel shards."""
@@ -135,7 +151,8 @@ class Plan:
         """Equal for plans with the same steps; not of how many steps the run has, so that it can be prolonged."""
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths, "<i4").tobytes())
         geometry = (self.packed_rows is not None, self.max_length, self.rows_per_micro_batch, self.max_micro_batches)
-        digest.update(repr((1, *geometry, self.seed, self.shuffle)).encode())  # 1: of this module's algorithm
+        strategy = () if self.packed_rows is None or self.strategy == "bfd" else (self.strategy,)
+        digest.update(repr((1, *geometry, self.seed, self.shuffle, *strategy)).encode())  # 1: this module's algorithm
         return digest.hexdigest()[:32]
 
     def step(self, index: int) -> StepRows:
@@ -174,6 +191,7 @@ def make_plan(
     lengths: Integer[np.ndarray, " N"],
     *,
     packing: bool,
+    strategy: PackingStrategy = "bfd",
     max_length: int | None,
     rows_per_micro_batch: int,
     max_micro_batches: int,
@@ -184,8 +202,9 @@ def make_plan(
 ) -> Plan:
     """The plan of a run, or with `shuffle=False` and one epoch that of an evaluation.
 
-    `packing` packs the whole dataset once into rows of `max_length` and permutes these; without it a permutation of
-    the sequences decides which of them form a step (B x A of them), and only their layout is packed.
+    `packing` packs the whole dataset once into rows of `max_length` (`wrapped` end to end, else best fit; what these
+    strategies cut are pieces already) and permutes the rows; without it a permutation of the sequences decides which
+    of them form a step (B x A of them), and only their layout is packed.
     `max_steps` above 0 takes the place of `num_epochs`, which may be a fraction.
     """
     assert len(lengths) > 0 and lengths.min() > 0, "a sequence without tokens has nothing to train on"
@@ -193,10 +212,11 @@ def make_plan(
     assert max_length is not None or not packing, "the config asks for max_length with packing"
     packed_rows = None
     if packing and max_length is not None:
-        packed_rows = tuple(tuple(row) for row in best_fit(lengths, max_length))
+        packed_rows = tuple(tuple(row) for row in (wrap if strategy == "wrapped" else best_fit)(lengths, max_length))
     plan = Plan(
         lengths=lengths.astype(np.int32),
         packed_rows=packed_rows,
+        strategy=strategy,
         max_length=max_length,
         rows_per_micro_batch=rows_per_micro_batch,
         max_micro_batches=max_micro_batches,

@@ -1,7 +1,7 @@
 """Rows of a dataset from a local file, a local directory or the hub; the first stop of the data flow."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,17 +10,27 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from r1jax.config.data import DataConfig
 from r1jax.config.errors import need, shown
+from r1jax.config.mixture import MixtureConfig, SharedDataset, WeightedDataset
+from r1jax.data.mixture import hold_out, mix_shares, mix_weighted
 
 # The file's suffix decides which reader of the datasets library takes it.
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+SINGLE = MixtureConfig()
 
 
-def load_split(config: DataConfig, which: Literal["train", "test"]) -> datasets.Dataset:
-    """The rows that a run is trained or tested on, never none: dataset_<which>_file, else a split of dataset_name."""
+def load_split(
+    config: DataConfig, which: Literal["train", "test"], mixture: MixtureConfig = SINGLE
+) -> datasets.Dataset:
+    """The rows that a run is trained or tested on, never none.
+
+    The first of these that is given: dataset_<which>_file, a mixture (its held-out part for tests), dataset_name.
+    """
     file = config.dataset_train_file if which == "train" else config.dataset_test_file
     split = config.dataset_train_split if which == "train" else config.dataset_test_split
     if file is not None:
         return load_file(file, split, field=f"dataset_{which}_file")
+    if mixture.key is not None:
+        return _load_mixture(mixture, which)
     if config.dataset_name is None:
         raise need(f"dataset_{which}_file", "a file, or dataset_name", "null", "name the rows to evaluate on")
     return load_rows(config.dataset_name, config.dataset_config, split, split_field=f"dataset_{which}_split")
@@ -33,6 +43,7 @@ def load_rows(
     *,
     field: str = "dataset_name",
     split_field: str = "dataset_train_split",
+    config_field: str = "dataset_config",
 ) -> datasets.Dataset:
     """The rows of one split, never none, read from the first of these that `name_or_path` is.
 
@@ -41,8 +52,8 @@ def load_rows(
     - a directory with `<split>.jsonl|.json|.parquet|.arrow`, a `save_to_disk` folder, or the layout of a hub dataset
     - a hub id, `config_name` being its configuration
 
-    `split` may be an expression of the datasets library (`train[:100]`, `train+test`). `field` and `split_field` are
-    the config keys that error messages name.
+    `split` may be an expression of the datasets library (`train[:100]`, `train+test`). `field`, `split_field`
+    and `config_field` are the config keys that error messages name.
     """
     path = Path(name_or_path).expanduser()
     try:
@@ -55,7 +66,7 @@ def load_rows(
                 field, "an existing file or directory", name_or_path, "there is none of that name; check the path"
             )
         else:
-            rows = _load_from_hub(name_or_path, config_name, split, field)
+            rows = _load_from_hub(name_or_path, config_name, split, field, config_field)
     except _SplitError as error:
         raise need(split_field, f"a split of {name_or_path}", shown(split), str(error)) from error
     return _not_empty(rows, name_or_path, field)
@@ -78,6 +89,57 @@ def require_columns(rows: datasets.Dataset, columns: Iterable[str], *, field: st
     for column in columns:
         if column not in rows.column_names:
             raise need(field, "a column of the dataset", column, f"its columns are {', '.join(rows.column_names)}")
+
+
+def _load_mixture(config: MixtureConfig, which: Literal["train", "test"]) -> datasets.Dataset:
+    """The mixture's rows for training, or those that its test_split_size holds out."""
+    if config.dataset_mixture is not None:
+        field, seed = "dataset_mixture.datasets", config.dataset_mixture.seed
+        parts = [_load_weighted(entry, f"{field}[{i}]") for i, entry in enumerate(config.dataset_mixture.datasets)]
+        rows = mix_weighted(parts, [entry.weight for entry in config.dataset_mixture.datasets], seed, field=field)
+    else:
+        entries = config.datasets or ()
+        field, seed = "datasets", 0
+        parts = [_load_shared(entry, f"{field}[{i}]") for i, entry in enumerate(entries)]
+        fractions = [entry.fraction for entry in entries if entry.fraction is not None]
+        rows = mix_shares(parts, fractions or None, field=field)
+    if config.test_size is None:
+        if which == "test":
+            raise need(config.size_key, "rows that are held out", "null", "set it, or name dataset_test_file")
+        return rows
+    train, test = hold_out(rows, config.test_size, seed, field=config.size_key)
+    return train if which == "train" else test
+
+
+def _load_weighted(entry: WeightedDataset, path: str) -> datasets.Dataset:
+    fields = {"field": f"{path}.id", "split_field": f"{path}.split", "config_field": f"{path}.config"}
+    return _keep_columns(load_rows(entry.id, entry.config, entry.split, **fields), entry.columns, path)
+
+
+def _load_shared(entry: SharedDataset, path: str) -> datasets.Dataset:
+    if entry.data_dir is None and entry.data_files is None:
+        fields = {"field": f"{path}.path", "split_field": f"{path}.split", "config_field": f"{path}.name"}
+        return _keep_columns(load_rows(entry.path, entry.name, entry.split, **fields), entry.columns, path)
+    files = entry.data_files
+    try:
+        rows = datasets.load_dataset(
+            entry.path,
+            entry.name,
+            data_dir=entry.data_dir,
+            data_files=dict(files) if isinstance(files, Mapping) else list(files) if files is not None else None,
+            split=entry.split,
+        )
+    except (DatasetsError, OSError, ValueError, AssertionError, RuntimeError) as error:
+        advice = f"{_first_line(error.__cause__ or error)}; check path, data_dir, data_files and split"
+        raise need(path, "a dataset that can be read", shown(entry.path), advice) from error
+    return _keep_columns(_not_empty(_only_split(rows), entry.path, path), entry.columns, path)
+
+
+def _keep_columns(rows: datasets.Dataset, columns: Sequence[str] | None, path: str) -> datasets.Dataset:
+    if columns is None:
+        return rows
+    require_columns(rows, columns, field=f"{path}.columns")
+    return rows.select_columns(list(columns))
 
 
 class _SplitError(Exception):
@@ -137,7 +199,7 @@ def _load_files(files: dict[str, Path], split: str, field: str) -> datasets.Data
         raise _SplitError(_first_line(error)) from error
 
 
-def _load_from_hub(name: str, config_name: str | None, split: str, field: str) -> datasets.Dataset:
+def _load_from_hub(name: str, config_name: str | None, split: str, field: str, config_field: str) -> datasets.Dataset:
     """Rows of a hub dataset, or of its copy in the local cache when the hub is out of reach."""
     try:
         return _only_split(datasets.load_dataset(name, config_name, split=split))
@@ -153,7 +215,7 @@ def _load_from_hub(name: str, config_name: str | None, split: str, field: str) -
     except (AssertionError, ValueError) as error:
         if "split" in str(error).lower() or "instruction" in str(error).lower():
             raise _SplitError(_first_line(error)) from error
-        raise need("dataset_config", f"a configuration of {name}", shown(config_name), _first_line(error)) from error
+        raise need(config_field, f"a configuration of {name}", shown(config_name), _first_line(error)) from error
     except (DatasetsError, RuntimeError) as error:
         raise need(field, "rows without a loading script", name, _first_line(error.__cause__ or error)) from error
 

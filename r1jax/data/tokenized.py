@@ -1,4 +1,7 @@
-"""All rows of a dataset as token ids in one flat array: what the packing plan is made from and batches are cut from."""
+"""All rows of a dataset as token ids in one flat array: what the packing plan is made from and batches are cut from.
+
+The array is a file mapped into memory (`token_store`), so a dataset's tokens need not fit in memory.
+"""
 
 import contextlib
 import dataclasses
@@ -7,6 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import datasets
 import grain
@@ -15,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from r1jax.config.errors import need
+from r1jax.data import token_store
 from r1jax.data.encoding import EncodedRows, RowEncoder
 
 logger = logging.getLogger(__name__)
@@ -29,11 +34,11 @@ class TokenizedRows:
     tokens: np.ndarray
     """int32 [sum of lengths]"""
     loss_mask: np.ndarray
-    """bool [sum of lengths]: train on this token; never on a row's first."""
+    """bool [sum of lengths]: train on this token, unless it is a row's first."""
     lengths: np.ndarray
     """int32 [N]"""
     loss_tokens: np.ndarray
-    """int32 [N]: tokens of each row that are trained on, at least one."""
+    """int32 [N]: tokens of each row that are trained on, at least one; in pieces of rows also none."""
     offsets: np.ndarray
     """int64 [N + 1]: row i is tokens[offsets[i]:offsets[i + 1]]."""
     num_dropped: int
@@ -49,30 +54,56 @@ class TokenizedRows:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [T] and loss mask bool [T] of one row."""
         span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.tokens[span], self.loss_mask[span]
+        loss_mask = self.loss_mask[span]
+        if loss_mask[0]:  # a later piece of a row: what this token follows is not here
+            loss_mask = loss_mask.copy()
+            loss_mask[0] = False
+        return self.tokens[span], loss_mask
 
 
 def tokenise(
     rows: datasets.Dataset, encoder: RowEncoder, *, num_workers: int | None = None, show_progress: bool = True
 ) -> TokenizedRows:
-    """All rows as tokens; the same for any number of workers.
+    """All rows as tokens, from the cache on disk where they are there; the same for any number of workers.
+
+    Several processes of one machine wait for the first, which tokenises and writes.
 
     `num_workers` is the config's `dataset_num_proc`: more than one starts that many processes, otherwise threads of
     this process do it (the tokenizer itself runs outside Python's lock). Processes are started afresh, not forked:
     this one has threads, jax's among them, which a fork would leave in pieces.
     """
+    folder = token_store.cache_folder(rows, encoder)
+    stored = token_store.read(folder)
+    if stored is None:
+        with token_store.sole_writer(folder):
+            stored = token_store.read(folder)  # another process may have written them meanwhile
+            if stored is None:
+                token_store.write(folder, _all_chunks(rows, encoder, num_workers or 1, show_progress))
+                stored = token_store.read(folder)
+                assert stored is not None, f"{folder} was changed while it was written"
+    lengths = stored.arrays["lengths"]
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    fields: dict[str, Any] = {**stored.arrays, **stored.counts}
+    result = TokenizedRows(**fields, offsets=offsets)
+    _report(result, len(rows))
+    return result
+
+
+def _all_chunks(
+    rows: datasets.Dataset, encoder: RowEncoder, num_workers: int, show_progress: bool
+) -> Iterator[EncodedRows]:
+    """The whole dataset, chunk by chunk; raises UserError at the end when nothing was left to train on."""
     chunks = [(start, min(start + CHUNK_ROWS, len(rows))) for start in range(0, len(rows), CHUNK_ROWS)]
-    tokens, loss_mask = bytearray(), bytearray()  # grow in place: no moment holds the rows twice
-    encoded = []
-    console = Console(stderr=True)
+    console, num_kept = Console(stderr=True), 0
     with Progress(console=console, disable=not (show_progress and console.is_terminal), transient=True) as progress:
         task = progress.add_task("tokenising", total=len(rows))
-        for (start, stop), chunk in zip(chunks, _encode_chunks(rows, encoder, chunks, num_workers or 1), strict=True):
-            tokens += chunk.tokens.tobytes()
-            loss_mask += chunk.loss_mask.tobytes()
-            encoded.append(dataclasses.replace(chunk, tokens=chunk.tokens[:0], loss_mask=chunk.loss_mask[:0]))
+        for (start, stop), chunk in zip(chunks, _encode_chunks(rows, encoder, chunks, num_workers), strict=True):
+            num_kept += len(chunk.lengths)
+            yield chunk
             progress.advance(task, stop - start)
-    return _assembled(np.frombuffer(tokens, np.int32), np.frombuffer(loss_mask, bool), encoded)
+    if num_kept == 0:
+        advice = "raise max_length, or check that the completions are not empty"
+        raise need("max_length", "room for tokens to train on", f"none in any of {len(rows)} rows", advice)
 
 
 def _encode_chunks(
@@ -115,28 +146,6 @@ def _start_worker(rows: datasets.Dataset, encoder: RowEncoder) -> None:
 
 def _encode_in_worker(start: int, stop: int) -> EncodedRows:
     return _encode_chunk(*_worker_task[0], start, stop)
-
-
-def _assembled(tokens: np.ndarray, loss_mask: np.ndarray, encoded: list[EncodedRows]) -> TokenizedRows:
-    """The chunks as one, with what was lost said once; raises UserError when nothing is left."""
-    lengths = np.concatenate([chunk.lengths for chunk in encoded])
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    num_rows = len(lengths) + sum(chunk.num_dropped for chunk in encoded)
-    if len(lengths) == 0:
-        advice = "raise max_length, or check that the completions are not empty"
-        raise need("max_length", "room for tokens to train on", f"none in any of {num_rows} rows", advice)
-    result = TokenizedRows(
-        tokens=tokens,
-        loss_mask=loss_mask,
-        lengths=lengths,
-        loss_tokens=np.add.reduceat(loss_mask, offsets[:-1], dtype=np.int32),
-        offsets=offsets,
-        num_dropped=sum(chunk.num_dropped for chunk in encoded),
-        num_truncated=sum(chunk.num_truncated for chunk in encoded),
-        num_unaligned=sum(chunk.num_unaligned for chunk in encoded),
-    )
-    _report(result, num_rows)
-    return result
 
 
 def _report(result: TokenizedRows, num_rows: int) -> None:

@@ -36,7 +36,8 @@ CHATML = (
 
 @pytest.fixture(autouse=True)
 def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The datasets library copies what it reads: here into the test's own folder."""
+    """The datasets library copies what it reads, r1jax keeps what it tokenises: here in the test's own folder."""
+    monkeypatch.setenv("R1JAX_CACHE", str(tmp_path / "r1jax-cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
 

@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from r1jax.data.packing import best_fit, bucket_length, epoch_order, make_plan, spread
+from r1jax.data.packing import best_fit, bucket_length, epoch_order, make_plan, spread, wrap
+from r1jax.data.pieces import piece_boundaries
 
 
 def plan(lengths, **changes):
@@ -20,6 +21,14 @@ def pack_documents(documents: list[list[int]], capacity: int) -> list[list[int]]
     return [list(itertools.chain(*(documents[i][:capacity] for i in row))) for row in rows]
 
 
+def pack_pieces(documents: list[list[int]], capacity: int, strategy) -> list[list[int]]:
+    boundaries = piece_boundaries(np.asarray([len(document) for document in documents]), capacity, strategy)
+    flat = list(itertools.chain(*documents))
+    pieces = [flat[start:stop] for start, stop in itertools.pairwise(boundaries.tolist())]
+    rows = (wrap if strategy == "wrapped" else best_fit)(np.diff(boundaries), capacity)
+    return [list(itertools.chain(*(pieces[i] for i in row))) for row in rows]
+
+
 def sequences_of_epoch(a_plan, epoch: int) -> list[int]:
     steps = range(epoch * a_plan.num_steps_per_epoch, (epoch + 1) * a_plan.num_steps_per_epoch)
     return [sequence for s in steps for row in a_plan.step(s).rows for sequence in row]
@@ -30,6 +39,26 @@ def test_golden_rows():
     assert pack_documents([[1, 2, 3], [4, 5, 6, 7], [8]], 4) == [[4, 5, 6, 7], [1, 2, 3, 8]]
     documents = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11], [12]]
     assert pack_documents(documents, 4) == [[1, 2, 3, 4], [8, 9, 10, 11], [6, 7, 12]]
+
+
+def test_golden_rows_of_pieces():
+    """TRL's bfd_split: the fifth token of the first document fills the last row; TRL's wrapped: one stream, cut."""
+    documents = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11], [12]]
+    assert pack_pieces(documents, 4, "bfd_split") == [[1, 2, 3, 4], [8, 9, 10, 11], [6, 7, 5, 12]]
+    assert pack_pieces([[1, 2, 3], [4, 5, 6, 7], [8]], 3, "wrapped") == [[1, 2, 3], [4, 5, 6], [7, 8]]
+    assert pack_pieces([[1, 2], [3, 4, 5, 6, 7, 8, 9], [10]], 4, "wrapped") == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_no_token_is_lost_in_pieces(strategy):
+    ends = np.cumsum(random_lengths(200, 40))
+    documents = np.split(np.arange(ends[-1]), ends[:-1])
+    rows = pack_pieces([document.tolist() for document in documents], 16, strategy)
+    assert sorted(itertools.chain(*rows)) == list(range(ends[-1]))
+    assert max(map(len, rows)) <= 16
+    if strategy == "wrapped":
+        assert list(itertools.chain(*rows)) == list(range(ends[-1]))
+        assert {len(row) for row in rows[:-1]} == {16}
 
 
 def test_fullest_row_that_still_holds_it():
@@ -147,4 +176,9 @@ def test_fingerprint_tells_plans_apart_but_not_their_duration():
     others = [plan(lengths, **{key: value}) for key, value in [("seed", 8), ("packing", False), ("max_length", 17),
               ("rows_per_micro_batch", 2), ("max_micro_batches", 4), ("shuffle", False)]]  # fmt: skip
     others.append(plan(np.roll(lengths, 1)))
-    assert len({base, *(other.fingerprint for other in others)}) == 8
+    others.append(plan(lengths, strategy="bfd_split"))
+    assert len({base, *(other.fingerprint for other in others)}) == 9
+    full = np.full(8, 16)  # where every strategy makes the same rows
+    prints = {plan(full, strategy=strategy).fingerprint for strategy in ("bfd", "bfd_split", "wrapped")}
+    assert len(prints) == 3
+    assert plan(full, packing=False, strategy="wrapped").fingerprint == plan(full, packing=False).fingerprint
