@@ -88,7 +88,10 @@ def load_splits(config: RunConfig) -> dict[str, Split]:
     """The rows to train on, and to test on where evaluation is asked for, as they were written."""
     evaluates = config.evaluation.do_eval or config.evaluation.eval_strategy != "no"
     loaded = {which: load_split(config.data, which) for which in (("train", "test") if evaluates else ("train",))}
-    return {which: Split(rows=rows, row_format=detect_format(rows, config.data)) for which, rows in loaded.items()}
+    return {
+        which: Split(rows=rows, row_format=detect_format(rows, config.data, config.masks))
+        for which, rows in loaded.items()
+    }
 
 
 def tokenise_splits(

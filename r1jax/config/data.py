@@ -50,9 +50,6 @@ class DataConfig:
     dataset_num_proc: int | None = None
     """Parallel workers that tokenise; null lets r1jax choose."""
 
-    completion_only_loss: bool | None = None
-    """Train on completions only; null: true for prompt/completion rows, false for others."""
-
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.dataset_train_file is None:
             raise need(

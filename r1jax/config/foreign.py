@@ -71,7 +71,6 @@ NOT_BUILT: dict[str, str] = {
     "load_in_4bit": "use bf16 and zero_stage 3 to save memory",
     "load_in_8bit": "use bf16 and zero_stage 3 to save memory",
     "neftune_noise_alpha": "remove it",
-    "assistant_only_loss": "use completion_only_loss with prompt/completion rows",
     "load_best_model_at_end": "choose the checkpoint by metrics.jsonl",
     "dataset_mixture": "join the datasets in one file and name it in dataset_train_file",
     "auto_find_batch_size": "set per_device_train_batch_size",

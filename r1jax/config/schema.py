@@ -15,6 +15,7 @@ from r1jax.config.errors import need, require, shown
 from r1jax.config.evaluation import EvaluationConfig
 from r1jax.config.geometry import check_generation_batch
 from r1jax.config.grpo import GrpoConfig
+from r1jax.config.masks import MaskConfig
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.model import ModelConfig
 from r1jax.config.optimizer import OptimizerConfig
@@ -35,6 +36,9 @@ class RunConfig:
 
     data: DataConfig
     """Rows and how they fill sequences."""
+
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    """Which tokens are trained on."""
 
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Sequences in a step, steps in the run."""
@@ -103,6 +107,7 @@ SFT_ONLY = frozenset(
         "packing",
         "packing_strategy",
         "completion_only_loss",
+        "assistant_only_loss",
         "eval_packing",
     }
 )

@@ -1,16 +1,18 @@
-"""Text of a row and which part of it is trained on.
+"""Text of a row and which part of it is trained on: all, the completion, the assistant's words, or both of these.
 
 As in TRL, conversations take their stop token from the template; plain completions and texts get the EOS appended
 when it is missing. open-r1's `system_prompt` plays no part here: in its SFT it serves benchmarks only.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.data.formats import Row, RowFormat, value_kind
 from r1jax.data.templates import Message, RowError, apply_template
+from r1jax.data.turns import Write, answer_spans, common_length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,17 +35,22 @@ def render(row: Row, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase) 
     `<think>`, say), training starts where the two texts part: what they share is what the model is given.
     """
     values = [_checked(row[column], column, row_format) for column in row_format.columns]
-    answered = True
-    if row_format.conversational:
-        messages = [message for value in values for message in value]
-        text = apply_template(tokenizer, messages)
-        answered = messages[-1]["role"] == "assistant"
-    else:
-        text = _end_with_eos("".join(values), tokenizer)
-    if not row_format.completion_only:
-        return Rendered(text=text, trained=((0, len(text)),), ends_with_answer=answered)
-    prompt = _prompt_text(tokenizer, values[0]) if row_format.conversational else values[0]
-    trained = ((_common_prefix_length(prompt, text), len(text)),)
+    if not row_format.conversational:
+        text, prompt = _end_with_eos("".join(values), tokenizer), values[0]
+        start = len(prompt) if row_format.completion_only else 0
+        return Rendered(text=text, trained=((start, len(text)),), prompt=prompt if row_format.completion_only else None)
+    messages = [message for value in values for message in value]
+    write = functools.partial(apply_template, tokenizer)
+    text = write(messages)
+    trained = ((0, len(text)),)
+    if row_format.assistant_only:
+        trained = answer_spans(write, messages, text, str(tokenizer.eos_token))
+    prompt = None
+    if row_format.completion_only:
+        prompt = _prompt_text(write, values[0])
+        completion = common_length(prompt, text)
+        trained = tuple((max(start, completion), stop) for start, stop in trained if stop > completion)
+    answered = messages[-1]["role"] == "assistant"
     return Rendered(text=text, trained=trained, prompt=prompt, ends_with_answer=answered)
 
 
@@ -54,17 +61,11 @@ def _checked(value: Any, column: str, row_format: RowFormat) -> Any:
     return value
 
 
-def _common_prefix_length(a: str, b: str) -> int:
-    if b.startswith(a):
-        return len(a)
-    return next(i for i in range(len(a)) if a[i] != b[i : i + 1])
-
-
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> str:
+def _prompt_text(write: Write, prompt: list[Message]) -> str:
     """What generation starts from; a prompt that ends with the assistant's words is continued, not answered."""
     if prompt[-1]["role"] == "assistant":
-        return apply_template(tokenizer, prompt, continue_final_message=True)
-    return apply_template(tokenizer, prompt, add_generation_prompt=True)
+        return write(prompt, continue_final_message=True)
+    return write(prompt, add_generation_prompt=True)
 
 
 def _end_with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -15,7 +15,7 @@ MIN_LR = "cosine_with_min_lr"
 def test_groups_are_small_and_each_field_is_explained():
     for name, cls in {"RunConfig": schema.RunConfig, **schema.groups()}.items():
         names = [field.name for field in dataclasses.fields(cls)]
-        assert len(names) <= 15, name
+        assert len(names) <= (20 if cls is schema.RunConfig else 15), name  # RunConfig only lists the groups
         assert list(field_notes(cls)) == names, name
 
 
