@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jax
 
 from r1jax.batch import PackedBatch
@@ -13,7 +14,7 @@ from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig, to_yaml
 from r1jax.data.batches import BatchStream, Weigh
 from r1jax.data.encoding import RowEncoder
-from r1jax.data.formats import detect_format
+from r1jax.data.formats import RowFormat, detect_format
 from r1jax.data.packing import Plan, make_plan
 from r1jax.data.pieces import cut_rows
 from r1jax.data.sources import load_split
@@ -33,9 +34,17 @@ from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.profiling import profiled
 from r1jax.training.recorder import Recorder
 from r1jax.training.resume import find_start, restore
-from r1jax.training.source import Source, export_model, first_params, read_source
+from r1jax.training.source import Source, export_model, first_params, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """Rows as they were written, and how to read them."""
+
+    rows: datasets.Dataset
+    row_format: RowFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +61,10 @@ def run(config: RunConfig) -> None:
     source = read_source(config)
     # 1. Everything that can be refused is refused before a device holds anything.
     mesh = make_mesh(config.mesh)
+    splits = load_splits(config)
+    source = ready_for(source, [split.row_format for split in splits.values()])
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
-    train, held_out = read_rows(config, source, data_shards(mesh))
+    train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
     checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit)
     with contextlib.closing(checkpoints):
         start = find_start(config.run, checkpoints)
@@ -75,18 +86,31 @@ def run(config: RunConfig) -> None:
     export_model(config, source, state, recorder, done)
 
 
-def read_rows(config: RunConfig, source: Source, shards: int) -> tuple[Rows, Rows | None]:
+def load_splits(config: RunConfig) -> dict[str, Split]:
+    """The rows to train on, and to test on where evaluation is asked for, as they were written."""
+    evaluates = config.evaluation.do_eval or config.evaluation.eval_strategy != "no"
+    loaded = {
+        which: load_split(config.data, which, config.mixture)
+        for which in (("train", "test") if evaluates else ("train",))
+    }
+    return {
+        which: Split(rows=rows, row_format=detect_format(rows, config.data, config.masks))
+        for which, rows in loaded.items()
+    }
+
+
+def tokenise_splits(
+    config: RunConfig, source: Source, splits: dict[str, Split], shards: int
+) -> tuple[Rows, Rows | None]:
     """The rows to train on and those held out (None where no evaluation is asked for)."""
     batch, evaluation = config.batch, config.evaluation
 
-    def rows(which: Any, packing: bool, **plan: Any) -> Rows:
-        loaded = load_split(config.data, which, config.mixture)
-        row_format = detect_format(loaded, config.data)
+    def rows(split: Split, packing: bool, **plan: Any) -> Rows:
         max_length, strategy = config.data.max_length, config.data.packing_strategy
         # The strategies that cut rows in pieces get them whole.
         kept = None if packing and strategy != "bfd" else max_length
-        encoder = RowEncoder(tokenizer=source.tokenizer, row_format=row_format, max_length=kept)
-        tokenized = tokenise(loaded, encoder, num_workers=config.data.dataset_num_proc)
+        encoder = RowEncoder(tokenizer=source.tokenizer, row_format=split.row_format, max_length=kept)
+        tokenized = tokenise(split.rows, encoder, num_workers=config.data.dataset_num_proc)
         if packing and strategy != "bfd" and max_length is not None:
             tokenized = cut_rows(tokenized, max_length, strategy)
         made = make_plan(
@@ -95,18 +119,18 @@ def read_rows(config: RunConfig, source: Source, shards: int) -> tuple[Rows, Row
         return Rows(tokenized=tokenized, plan=made)
 
     train = rows(
-        "train",
+        splits["train"],
         config.data.packing,
         rows_per_micro_batch=batch.per_device_train_batch_size * shards,
         max_micro_batches=batch.gradient_accumulation_steps,
         num_epochs=batch.num_train_epochs,
         max_steps=batch.max_steps,
     )
-    if not evaluation.do_eval and evaluation.eval_strategy == "no":
+    if "test" not in splits:
         return train, None
     packing = config.data.packing if evaluation.eval_packing is None else evaluation.eval_packing
     per_batch = batch.per_device_eval_batch_size * shards
-    held_out = rows("test", packing, rows_per_micro_batch=per_batch, max_micro_batches=1, shuffle=False)
+    held_out = rows(splits["test"], packing, rows_per_micro_batch=per_batch, max_micro_batches=1, shuffle=False)
     return train, held_out
 
 

@@ -155,6 +155,33 @@ def test_unpacked_rows_are_laid_out_without_padding_between_them(world: Path) ->
     assert [row["num_tokens"] for row in metrics(out) if "loss" in row] == [4 * 16 * 6, 6 * 16 * 6]
 
 
+def test_a_model_without_chat_template_learns_chatml_and_its_vocabulary_grows(world: Path) -> None:
+    lines = (world / "train.jsonl").read_text().splitlines()[:64]
+    rows = [json.loads(line) for line in lines]
+    said = [[("user", row["prompt"]), ("assistant", row["completion"])] for row in rows]
+    chats = [{"messages": [{"role": role, "content": words} for role, words in one]} for one in said]
+    (world / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    changes = {"dataset_train_file": str(world / "chats.jsonl"), "do_eval": False, "eval_strategy": "no"}
+    start, out = world / "with-weights", world / "chatml"
+    plain = recipe(world, output_dir=str(start), max_steps=1, do_eval=False, eval_strategy="no", eval_steps=None)
+    assert train.main(["--config", str(plain)]) == 0
+    config = recipe(
+        world, model_name_or_path=str(start), random_init=False, output_dir=str(out), max_steps=2, eval_steps=None,
+        learning_rate=0.0, logging_steps=1, **changes,
+    )  # fmt: skip
+    assert train.main(["--config", str(config)]) == 0
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", *["<|im_end|>"] * 2)
+    assert (tokenizer.eos_token_id, len(tokenizer), model.config.vocab_size) == (65, 66, 128)
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1, 65]
+    text = tokenizer.apply_chat_template(chats[0]["messages"], tokenize=False)
+    assert text.endswith(f"<|im_start|>assistant\n{rows[0]['completion']}<|im_end|>\n")
+    table = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    before = load_file(start / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(table[:64], before)
+    np.testing.assert_allclose(table[64:], np.broadcast_to(before.mean(0), (64, 32)), atol=1e-7)
+
+
 def test_sigterm_saves_and_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(world: Path) -> None:
     # Long enough that the signal always lands inside it; 8 devices in both, as bit-identity asks for.
     changes = {"max_steps": 400, "logging_steps": 1, "do_eval": False, "eval_strategy": "no", "eval_steps": None}

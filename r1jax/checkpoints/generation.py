@@ -21,7 +21,7 @@ def stop_ids(*given: int | Iterable[int] | None) -> list[int]:
 
 
 def generation_config(source: dict[str, Any], hf_config: dict[str, Any], tokenizer: Any | None) -> dict[str, Any]:
-    """The source's settings with every stop id: the source's, and the tokenizer's eos, which ends a turn.
+    """The source's settings with every stop id: its own, config.json's, and the tokenizer's eos, which ends a turn.
 
     `source` is the generation_config that the model came with ({} for none: then config.json's special tokens count, as
     in transformers). A single stop id stays an int. Without the tokenizer's eos, a chat model tuned from a base model
@@ -30,7 +30,7 @@ def generation_config(source: dict[str, Any], hf_config: dict[str, Any], tokeniz
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     result = dict(source) or {key: hf_config[key] for key in special if hf_config.get(key) is not None}
     tokenizer_ids = {key: getattr(tokenizer, key) for key in special} if tokenizer is not None else {}
-    ids = stop_ids(result.get("eos_token_id"), tokenizer_ids.get("eos_token_id"))
+    ids = stop_ids(result.get("eos_token_id"), hf_config.get("eos_token_id"), tokenizer_ids.get("eos_token_id"))
     if ids:
         result["eos_token_id"] = ids[0] if len(ids) == 1 else ids
     for key in ("bos_token_id", "pad_token_id"):

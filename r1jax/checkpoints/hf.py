@@ -4,6 +4,7 @@ Weights are streamed: for one leaf at a time, each distinct slice that this proc
 those devices and forgotten. Host memory peaks at the largest such slice, never at the model.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from r1jax.checkpoints.tensor_files import TensorFiles, read_json, stored_dtype
+from r1jax.checkpoints.vocabulary import read_grown
 from r1jax.config.errors import need
 from r1jax.models.config import DecoderConfig
 from r1jax.models.families import TensorName, tensor_names
@@ -51,23 +53,35 @@ def config_dtype(hf_config: dict[str, Any]) -> str | None:
 
 
 def load_params(
-    directory: Path, config: DecoderConfig, shardings: PyTree, dtype: DTypeLike = jnp.float32
+    directory: Path,
+    config: DecoderConfig,
+    shardings: PyTree,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    stored_vocab_size: int | None = None,
 ) -> PyTree[Float[Array, "..."]]:
     """The directory's weights as our parameter tree, each leaf under its sharding, cast to `dtype`.
 
-    `shardings` is a tree like the parameters'. Raises `UserError` naming the tensor when one is missing, misshapen or
-    not part of the model; a tied model's copy of the embedding as lm_head is accepted when it is a copy.
+    `shardings` is a tree like the parameters'. `stored_vocab_size` is the weights' own vocabulary where it is smaller
+    than the config's: missing rows are made (`checkpoints/vocabulary.py`). Raises `UserError` naming the tensor when
+    one is missing, misshapen or not part of the model; a tied model's lm_head is accepted when it is a copy.
     """
     with TensorFiles(directory) as files:
-        return load_from(files, config, shardings, dtype)
+        return load_from(files, config, shardings, dtype, stored_vocab_size=stored_vocab_size)
 
 
 def load_from(
-    files: TensorFiles, config: DecoderConfig, shardings: PyTree, dtype: DTypeLike = jnp.float32
+    files: TensorFiles,
+    config: DecoderConfig,
+    shardings: PyTree,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    stored_vocab_size: int | None = None,
 ) -> PyTree[Float[Array, "..."]]:
     """`load_params` from files that are open already."""
     abstract = abstract_params(config)
-    _refuse_other_tensors(files, config, abstract)
+    stored = config if stored_vocab_size is None else dataclasses.replace(config, vocab_size=stored_vocab_size)
+    _refuse_other_tensors(files, stored, abstract_params(stored))
     largest = max(
         math.prod(sharding.shard_shape(leaf.shape))
         for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
@@ -133,6 +147,10 @@ def _read_slice(
     """Our leaf's slice between these bounds, gathered over layers and transposed into our order; a view of `buffer`."""
     shape = [stop - start for start, stop in bounds]
     result = buffer[: math.prod(shape)].reshape(shape)
+    if name.path[0] in ("embed", "lm_head"):
+        rows, columns = bounds[::-1] if name.transpose else bounds
+        read_grown(files, name.hf, rows, columns, result.T if name.transpose else result)
+        return result
     own = [slice(*bound) for bound in (bounds[1:] if name.stacked else bounds)]
     index = tuple(own[::-1] if name.transpose else own)
     first, last = bounds[0] if name.stacked else (0, 1)

@@ -52,9 +52,6 @@ class DataConfig:
     dataset_num_proc: int | None = None
     """Parallel workers that tokenise; null lets r1jax choose."""
 
-    completion_only_loss: bool | None = None
-    """Train on completions only; null: true for prompt/completion rows, false for others."""
-
     def __post_init__(self) -> None:
         at_least("max_length", self.max_length, 2, "a sequence needs a token to read and one to predict; null = no cut")
         at_least("dataset_num_proc", self.dataset_num_proc, 1, "remove the key to let r1jax choose")

@@ -73,7 +73,6 @@ NOT_BUILT: dict[str, str] = {
     "use_peft": "train all parameters",
     "load_in_4bit": "use bf16 and zero_stage 3 to save memory",
     "load_in_8bit": "use bf16 and zero_stage 3 to save memory",
-    "assistant_only_loss": "use completion_only_loss with prompt/completion rows",
     "load_best_model_at_end": "choose the checkpoint by metrics.jsonl",
     "auto_find_batch_size": "set per_device_train_batch_size",
     "group_by_length": "use packing",

@@ -15,6 +15,7 @@ from r1jax.config.errors import need, require, shown
 from r1jax.config.evaluation import EvaluationConfig
 from r1jax.config.geometry import check_generation_batch
 from r1jax.config.grpo import GrpoConfig
+from r1jax.config.masks import MaskConfig
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.mixture import MixtureConfig, check_source, has_test_rows
 from r1jax.config.model import ModelConfig
@@ -40,6 +41,9 @@ class RunConfig:
 
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """Several datasets as one."""
+
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    """Which tokens are trained on."""
 
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Sequences in a step, steps in the run."""
@@ -111,6 +115,7 @@ SFT_ONLY = frozenset(
         "packing_strategy",
         "completion_only_loss",
         "neftune_noise_alpha",
+        "assistant_only_loss",
         "eval_packing",
     }
 )

@@ -3,6 +3,7 @@
 A row is tokenised once, as a whole. A token is trained on when its last character lies in a trained range of the
 text, so a token that straddles the start of the completion is trained on, and none that lies wholly in the prompt is.
 The last character, not any, because byte-level tokenizers may trim offsets: a run of spaces has an empty range then.
+A row that is not cut must teach the model to stop: one whose trained tokens lack the stop token is an error.
 """
 
 import dataclasses
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.errors import need
 from r1jax.data.formats import Row, RowFormat
-from r1jax.data.templates import Rendered, RowError, check_tokenizer, render
+from r1jax.data.rendering import Rendered, render
+from r1jax.data.templates import RowError, check_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +54,13 @@ class RowEncoder:
         token_lists, ends = self._tokenise([r.text for r in rendered])
         prompts = self._prompt_tokens(rendered)
         kept_tokens, kept_masks, num_truncated, num_unaligned = [], [], 0, 0
-        for r, tokens, end, prompt in zip(rendered, token_lists, ends, prompts, strict=True):
+        for i, (r, tokens, end, prompt) in enumerate(zip(rendered, token_lists, ends, prompts, strict=True)):
             num_truncated += self.max_length is not None and len(tokens) > self.max_length
             num_unaligned += tokens[: len(prompt)] != prompt
-            mask = trained_tokens(end, r.trained)[: self.max_length]
+            mask = trained_tokens(end, r.trained)
+            if self.max_length is None or len(tokens) <= self.max_length:
+                self._check_stop(r, tokens, end, mask, first_index + i)
+            mask = mask[: self.max_length]
             if mask.any():
                 kept_tokens.append(np.asarray(tokens[: self.max_length], np.int32))
                 kept_masks.append(mask)
@@ -74,6 +79,24 @@ class RowEncoder:
         except RowError as error:
             columns = " and ".join(self.row_format.columns)
             raise need("dataset_name", f"{columns} that can be written out", f"row {index}", str(error)) from error
+
+    def _check_stop(self, r: Rendered, tokens: list[int], ends: np.ndarray, mask: np.ndarray, index: int) -> None:
+        """Raise UserError when a whole row does not train the token that says when to stop.
+
+        Where the model has the last word, that is the last token trained on, but for white space that the template
+        puts behind it. Elsewhere it has to be among those trained on.
+        """
+        trained = np.flatnonzero(mask)
+        if len(trained) == 0:
+            return
+        stop, last = self.tokenizer.eos_token_id, len(trained) - 1
+        while last > 0 and not r.text[ends[trained[last] - 1] : ends[trained[last]]].strip():
+            last -= 1
+        candidates = trained[last : last + 1] if r.ends_with_answer else trained
+        if not any(tokens[at] == stop for at in candidates):
+            rule = f"rows that train their stop token {self.tokenizer.eos_token}"
+            advice = "take the row out, or set a chat_template that writes the token after every answer"
+            raise need("dataset_name", rule, f"row {index} without", advice)
 
     def _tokenise(self, texts: list[str]) -> tuple[list[list[int]], list[np.ndarray]]:
         """Token ids of each text, and for each token the index after its last character."""

@@ -13,6 +13,7 @@ import datasets
 
 from r1jax.config.data import DataConfig
 from r1jax.config.errors import need
+from r1jax.config.masks import MaskConfig
 from r1jax.data.sources import require_columns
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,18 @@ class RowFormat:
     """The columns hold lists of {role, content} rather than strings."""
     completion_only: bool
     """Loss on the completion alone; otherwise on every token but the first."""
+    assistant_only: bool = False
+    """Loss on what the assistant says alone; with completion_only, on what it says in the completion."""
 
 
-def detect_format(rows: datasets.Dataset, config: DataConfig) -> RowFormat:
+def detect_format(rows: datasets.Dataset, config: DataConfig, masks: MaskConfig) -> RowFormat:
     """The format of a dataset, decided by its columns: messages, else prompt and completion, else text.
 
     A column key that is not at its default asks for that format, so it goes before the others and its column must
     be there. `completion_only_loss` None means yes for prompt and completion, no for the rest.
     """
     kind, columns = _named_columns(rows, config) or _first_present(rows)
-    if config.completion_only_loss and kind != "prompt_completion":
+    if masks.completion_only_loss and kind != "prompt_completion":
         raise need(
             "completion_only_loss",
             "rows of prompt and completion",
@@ -52,8 +55,13 @@ def detect_format(rows: datasets.Dataset, config: DataConfig) -> RowFormat:
         kind=kind,
         columns=columns,
         conversational=_is_conversational(rows[0], kind, columns),
-        completion_only=kind == "prompt_completion" and config.completion_only_loss is not False,
+        completion_only=kind == "prompt_completion" and masks.completion_only_loss is not False,
+        assistant_only=masks.assistant_only_loss,
     )
+    if masks.assistant_only_loss and not row_format.conversational:
+        rule = "rows of messages with roles"
+        got = f"strings in {' and '.join(columns)}"
+        raise need("assistant_only_loss", rule, got, "remove the key, or write the rows as conversations")
     logger.info("training on %s of the rows", " and ".join(columns))
     return row_format
 

@@ -1,10 +1,10 @@
-"""Text of a row and which part of it is trained on, written with the tokenizer's chat template.
+"""The tokenizer with its chat template: where both come from, what ends a turn, and conversations written out.
 
-As in TRL, conversations take their stop token from the template; plain completions and texts get the EOS appended
-when it is missing. open-r1's `system_prompt` plays no part here: in its SFT it serves benchmarks only.
+The template must write one special token after the assistant's words, and that token must be the tokenizer's EOS: it is
+what the model learns to stop with, and what samplers wait for.
 """
 
-import dataclasses
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,20 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from r1jax.config.errors import need
-from r1jax.data.formats import Row, RowFormat, value_kind
+from r1jax.data.formats import RowFormat
+
+CHATML_START, CHATML_END = "<|im_start|>", "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}"
+    f"{{{{ '{CHATML_START}' + message['role'] + '\\n' + message['content'] + '{CHATML_END}\\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{CHATML_START}assistant\\n' }}}}{{% endif %}}"
+)
+
+MARK = "\ue000"
+"""Stands for words in conversations that are rendered to see what a template does; of Unicode's private use area."""
+
+Message = dict[str, Any]
 
 
 class RowError(Exception):
@@ -40,7 +53,8 @@ def prepare_tokenizer(
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise need("eos_token", "a token of the vocabulary", repr(eos_token), "check its spelling")
-        tokenizer.eos_token = eos_token
+        # Registered as special, so that its text becomes this one token wherever it stands.
+        tokenizer.add_special_tokens({"eos_token": eos_token})
     return tokenizer
 
 
@@ -63,72 +77,69 @@ def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
         pass  # a template may refuse a single user message
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, row_format: RowFormat) -> None:
-    """Raise UserError if the tokenizer lacks what the format needs: a chat template, or an EOS to end a text with."""
-    if row_format.conversational and not tokenizer.chat_template:
-        rule = f"a template for the conversations in {row_format.columns[0]}"
-        advice = "the tokenizer has none of its own: set the key to jinja text or to a file"
-        raise need("chat_template", rule, "null", advice)
-    if not row_format.conversational and tokenizer.eos_token is None:
+def with_chatml(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that writes conversations as ChatML, `<|im_start|>` being BOS and `<|im_end|>` EOS and padding.
+
+    As open-r1 does for a tokenizer without a template. A token that is not there yet gets the next free id.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": CHATML_START, "eos_token": CHATML_END, "pad_token": CHATML_END})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, row_format: RowFormat) -> str:
+    """The EOS token, which ends what is trained on, for rows of this format.
+
+    Raises UserError if there is none, if the tokenizer does not read its text as that token, or if it is not what the
+    chat template ends the assistant's turns with.
+    """
+    eos = tokenizer.eos_token
+    if row_format.conversational:
+        ending = end_of_turn(tokenizer)
+        if ending != eos:
+            rule = f"{ending}, with which the chat template ends the assistant's turns"
+            raise need("eos_token", rule, "null" if eos is None else str(eos), f"set eos_token: {ending}")
+        return ending
+    if not isinstance(eos, str):
         advice = "the tokenizer has none of its own: name a token of its vocabulary"
         raise need("eos_token", "a token that ends a text", "null", advice)
+    if tokenizer(eos, add_special_tokens=False)["input_ids"] != [tokenizer.eos_token_id]:
+        advice = "set eos_token, which makes it one"
+        raise need("eos_token", "a text that the tokenizer reads as one token", repr(eos), advice)
+    return eos
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rendered:
-    """One row as text."""
-
-    text: str
-    trained: tuple[tuple[int, int], ...]
-    """Character ranges [start, stop) to train on, ascending."""
-    prompt: str | None = None
-    """What the model will be given at generation, where training leaves that part out."""
-
-
-def render(row: Row, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """The row's text and the ranges of it that are trained on; raises RowError.
-
-    Where the template writes the prompt differently once the answer follows (a generation prompt that opens
-    `<think>`, say), training starts where the two texts part: what they share is what the model is given.
-    """
-    values = [_checked(row[column], column, row_format) for column in row_format.columns]
-    if row_format.conversational:
-        text = _apply_template(tokenizer, [message for value in values for message in value])
-    else:
-        text = _end_with_eos("".join(values), tokenizer)
-    if not row_format.completion_only:
-        return Rendered(text=text, trained=((0, len(text)),))
-    prompt = _prompt_text(tokenizer, values[0]) if row_format.conversational else values[0]
-    return Rendered(text=text, trained=((_common_prefix_length(prompt, text), len(text)),), prompt=prompt)
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special token that the chat template writes after the assistant's words; raises UserError if it has none."""
+    if not tokenizer.chat_template:
+        advice = "the tokenizer has none of its own: set the key to jinja text or to a file"
+        raise need("chat_template", "a template for conversations", "null", advice)
+    advice = "use a template that ends each turn with a special token of the vocabulary"
+    try:
+        text = apply_template(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}])
+    except RowError as error:
+        raise need("chat_template", "a template for a question and its answer", str(error), advice) from error
+    if MARK not in text:
+        raise need("chat_template", "the assistant's words in what it writes", "a text without them", advice)
+    closing = text.rpartition(MARK)[2]
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    if tokenizer.unk_token != tokenizer.eos_token:
+        special.discard(tokenizer.convert_tokens_to_ids(str(tokenizer.unk_token)))  # ordinary text may become it
+    for token in tokenizer(closing, add_special_tokens=False)["input_ids"]:
+        if token in special:
+            return str(tokenizer.convert_ids_to_tokens(token))
+    raise need("chat_template", "a special token after the assistant's words", repr(closing), advice)
 
 
-def _checked(value: Any, column: str, row_format: RowFormat) -> Any:
-    kind = "conversation" if row_format.conversational else "string"
-    if (found := value_kind(value)) != kind:
-        raise RowError(f"need a {kind} in {column}, got {found}")
-    return value
-
-
-def _common_prefix_length(a: str, b: str) -> int:
-    if b.startswith(a):
-        return len(a)
-    return next(i for i in range(len(a)) if a[i] != b[i : i + 1])
-
-
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, Any]]) -> str:
-    """What generation starts from; a prompt that ends with the assistant's words is continued, not answered."""
-    if prompt[-1]["role"] == "assistant":
-        return _apply_template(tokenizer, prompt, continue_final_message=True)
-    return _apply_template(tokenizer, prompt, add_generation_prompt=True)
-
-
-def _apply_template(
+def apply_template(
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
+    messages: list[Message],
     *,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
 ) -> str:
+    """The conversation as the chat template writes it; raises RowError when it refuses."""
     if mute := [m["role"] for m in messages if m["content"] is None and not m.get("tool_calls")]:
         raise RowError(f"need text in every message, got none from the {mute[0]}")
     # Arrow gives every message every key that any message has; templates ask whether a key is there.
@@ -143,8 +154,3 @@ def _apply_template(
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise RowError(f"the chat template refuses it: {error}") from error
     return str(text)
-
-
-def _end_with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    assert isinstance(tokenizer.eos_token, str), "check_tokenizer comes first"
-    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token

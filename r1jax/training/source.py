@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 import r1jax
 from r1jax.checkpoints import hub
-from r1jax.checkpoints.generation import read_generation_config
+from r1jax.checkpoints.generation import read_generation_config, stop_ids
 from r1jax.checkpoints.hf import load_params, read_config
 from r1jax.checkpoints.hf_export import export
 from r1jax.checkpoints.model_card import Card
 from r1jax.config.errors import need
 from r1jax.config.schema import RunConfig
-from r1jax.data.templates import prepare_tokenizer
+from r1jax.data.formats import RowFormat
+from r1jax.data.templates import CHATML_END, CHATML_START, check_tokenizer, prepare_tokenizer, with_chatml
 from r1jax.models.config import DecoderConfig
 from r1jax.models.families import decoder_config
 from r1jax.training.recorder import Recorder
@@ -33,6 +35,12 @@ class Source:
     hf_config: dict[str, Any]
     decoder: DecoderConfig
     tokenizer: PreTrainedTokenizerBase
+    stored_vocab_size: int
+    """Rows of the embedding in the directory's weights; fewer than the decoder's where tokens were added."""
+
+
+# A vocabulary that grows is rounded up to this: every usual `mesh_tensor` still divides it.
+_VOCAB_MULTIPLE = 64
 
 
 def read_source(config: RunConfig) -> Source:
@@ -44,14 +52,60 @@ def read_source(config: RunConfig) -> Source:
     if len(tokenizer) > decoder.vocab_size:
         rule = f"a tokenizer of at most {decoder.vocab_size} tokens, the model's vocabulary"
         raise need("model_name_or_path", rule, str(len(tokenizer)), "use the tokenizer that the model was trained with")
-    return Source(directory=directory, hf_config=hf_config, decoder=decoder, tokenizer=tokenizer)
+    return Source(
+        directory=directory,
+        hf_config=hf_config,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        stored_vocab_size=decoder.vocab_size,
+    )
+
+
+def ready_for(source: Source, row_formats: Sequence[RowFormat]) -> Source:
+    """The source able to write and end rows of these formats; raises UserError where it is not.
+
+    Conversations need a chat template: a tokenizer without one gets ChatML and its two tokens, as in open-r1, and the
+    decoder room for them where the vocabulary has none left.
+    """
+    if any(row_format.conversational for row_format in row_formats) and not source.tokenizer.chat_template:
+        source = _with_chatml(source)
+    for ending in dict.fromkeys(check_tokenizer(source.tokenizer, row_format) for row_format in row_formats):
+        logger.info("%s (token %d) ends what the model writes", ending, source.tokenizer.convert_tokens_to_ids(ending))
+    return source
+
+
+def _with_chatml(source: Source) -> Source:
+    tokenizer = with_chatml(source.tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    needed = max(vocabulary.values()) + 1
+    size = source.decoder.vocab_size
+    if needed > size:
+        size = -(-needed // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    logger.warning(
+        "the tokenizer has no chat template: conversations are written as ChatML (vocabulary %d -> %d)",
+        source.decoder.vocab_size,
+        size,
+    )
+    special = {
+        "bos_token_id": vocabulary[CHATML_START],
+        "eos_token_id": stop_ids(source.hf_config.get("eos_token_id"), vocabulary[CHATML_END]),
+        "pad_token_id": vocabulary[CHATML_END],
+    }
+    return dataclasses.replace(
+        source,
+        hf_config={**source.hf_config, **special, "vocab_size": size},
+        decoder=dataclasses.replace(source.decoder, vocab_size=size),
+        tokenizer=tokenizer,
+    )
 
 
 def first_params(config: RunConfig, source: Source, layout: StateLayout) -> Any:
     """Float32 master parameters in their layout: the model's own, or fresh ones where `random_init` says so."""
     if config.model.random_init:
         return fresh_params(source.decoder, config.run.seed, layout)
-    return load_params(source.directory, source.decoder, layout.shardings.params)
+    return load_params(
+        source.directory, source.decoder, layout.shardings.params, stored_vocab_size=source.stored_vocab_size
+    )
 
 
 LIBRARIES = ("jax", "flax", "optax", "transformers")

@@ -26,6 +26,11 @@ def test_without_a_source_config_json_and_tokenizer_count():
     assert result == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 3}
 
 
+def test_config_jsons_eos_counts_beside_the_sources():
+    assert generation_config({"eos_token_id": 2}, {"eos_token_id": [4, 7]}, TOKENIZER)["eos_token_id"] == [2, 4, 7]
+    assert generation_config({"top_p": 0.8}, {"eos_token_id": 4}, None) == {"top_p": 0.8, "eos_token_id": 4}
+
+
 def test_an_absent_file_is_an_empty_config(tmp_path):
     assert read_generation_config(tmp_path) == {}
     (tmp_path / "generation_config.json").write_text('{"top_p": 0.8}')

@@ -1,5 +1,6 @@
 """Weights come in: right values in right places, read once, streamed, and refused when they are of another model."""
 
+import dataclasses
 import json
 import tracemalloc
 from collections.abc import Callable
@@ -106,6 +107,26 @@ def test_copied_lm_head_of_a_tied_model_is_accepted(copy: Path, replicate):
     save_file({**tensors, "lm_head.weight": embedding.copy()}, copy / "model.safetensors")
     config = decoder_config(read_config(copy))
     assert "lm_head" not in load_params(copy, config, replicate(abstract_params(config)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("placing", ["shard", "replicate"])
+def test_a_grown_vocabulary_gets_the_mean_of_the_stored_rows(tmp_path: Path, make_model, request, tied, placing):
+    source = make_model(tmp_path, "llama", tied=tied, dtype="bfloat16")
+    stored = decoder_config(read_config(source))
+    grown = dataclasses.replace(stored, vocab_size=128)
+    shardings = request.getfixturevalue(placing)(abstract_params(grown))
+    params = load_params(source, grown, shardings, stored_vocab_size=stored.vocab_size)
+    tensors = load_file(source / "model.safetensors")
+    tables = {"model.embed_tokens.weight": params["embed"]["embedding"]}
+    if not tied:
+        tables["lm_head.weight"] = params["lm_head"]["kernel"].T
+    for name, table in tables.items():
+        own = tensors[name].astype(np.float32)
+        np.testing.assert_array_equal(table[:64], own)
+        np.testing.assert_allclose(table[64:], np.broadcast_to(own.mean(0), (64, 16)), atol=1e-6)
+    with pytest.raises(UserError, match=r"need .* of shape \[128, 16\], as config\.json implies, got \[64, 16\]"):
+        load_params(source, grown, shardings)
 
 
 def _without_a_norm(tensors: dict) -> None:

@@ -82,6 +82,35 @@ def test_cut_to_max_length_keeps_the_start_and_drops_rows_left_without_target(to
     assert "".join(tokenizer.convert_ids_to_tokens(encoded.tokens)) == "a b?yesa?<|im_end|>"
 
 
+# Writes the end of a turn after every message but the last, as no template should.
+FORGETFUL = (
+    "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}"
+    "{{ '<|im_end|>\n' if not loop.last or messages | length == 2 }}{% endfor %}"
+)
+
+
+def chat(*words: str) -> dict:
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]}
+
+
+def test_a_whole_row_without_its_stop_token_is_refused(tokenizer):
+    tokenizer.chat_template = FORGETFUL
+    rows = [chat("hi", "yes"), chat("hi", "yes", "a", " no"), chat("hi", "yes", "a")]
+    assert encoder(tokenizer, MESSAGES).encode(rows[:1]).lengths.tolist() == [10]
+    message = r"^dataset_name: need rows that train their stop token <\|im_end\|>, got row 6 without; "
+    with pytest.raises(ValueError, match=message):
+        encoder(tokenizer, MESSAGES).encode(rows, first_index=5)
+    # Cut rows have lost theirs anyway; a user's last word needs none, as an earlier answer has been ended.
+    assert encoder(tokenizer, MESSAGES, max_length=4).encode(rows).num_truncated == 3
+    assert encoder(tokenizer, MESSAGES).encode([rows[2]]).lengths.tolist() == [13]
+
+
+def test_a_row_with_no_end_at_all_is_refused(tokenizer):
+    tokenizer.chat_template = FORGETFUL
+    with pytest.raises(ValueError, match="got row 0 without"):
+        encoder(tokenizer, MESSAGES).encode([chat("hi")])
+
+
 def test_errors_name_the_row(tokenizer):
     with pytest.raises(
         ValueError, match=r"^dataset_name: need text that can be written out, got row 12; need a string"

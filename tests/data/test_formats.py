@@ -2,13 +2,15 @@ import datasets
 import pytest
 
 from r1jax.config.data import DataConfig
+from r1jax.config.masks import MaskConfig
 from r1jax.data.formats import detect_format
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 
 
 def detect(row: dict, **keys):
-    return detect_format(datasets.Dataset.from_list([row]), DataConfig(dataset_name="x", **keys))
+    masks = {name: keys.pop(name) for name in list(keys) if name.endswith("_only_loss")}
+    return detect_format(datasets.Dataset.from_list([row]), DataConfig(dataset_name="x", **keys), MaskConfig(**masks))
 
 
 def test_columns_decide_and_messages_go_first():
@@ -44,6 +46,15 @@ def test_completion_only_loss(key, pair, text):
         ValueError, match=r"^completion_only_loss: need rows of prompt and completion, got rows of text; "
     ):
         detect({"text": "a"}, completion_only_loss=key)
+
+
+def test_assistant_only_loss_needs_conversations():
+    assert detect({"messages": MESSAGES}, assistant_only_loss=True).assistant_only
+    both = detect({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, assistant_only_loss=True)
+    assert both.assistant_only and both.completion_only
+    message = r"^assistant_only_loss: need rows of messages with roles, got strings in prompt and completion; "
+    with pytest.raises(ValueError, match=message):
+        detect({"prompt": "a", "completion": "b"}, assistant_only_loss=True)
 
 
 @pytest.mark.parametrize(

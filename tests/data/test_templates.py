@@ -2,91 +2,12 @@ from pathlib import Path
 
 import pytest
 
+from r1jax.config.errors import UserError
 from r1jax.data.formats import RowFormat
-from r1jax.data.templates import RowError, check_tokenizer, prepare_tokenizer, render
+from r1jax.data.templates import check_tokenizer, end_of_turn, prepare_tokenizer, with_chatml
 
 MESSAGES = RowFormat(kind="messages", columns=("messages",), conversational=True, completion_only=False)
 TEXT = RowFormat(kind="text", columns=("text",), conversational=False, completion_only=False)
-
-
-def pair(*, conversational: bool, completion_only: bool = True) -> RowFormat:
-    return RowFormat(
-        kind="prompt_completion",
-        columns=("prompt", "completion"),
-        conversational=conversational,
-        completion_only=completion_only,
-    )
-
-
-def say(role: str, content: str | None, **more) -> dict:
-    return {"role": role, "content": content, **more}
-
-
-def trained_text(rendered) -> str:
-    return "".join(rendered.text[start:stop] for start, stop in rendered.trained)
-
-
-def test_messages_are_trained_on_as_the_template_writes_them(tokenizer):
-    rendered = render({"messages": [say("user", "hi"), say("assistant", "yes")]}, MESSAGES, tokenizer)
-    assert rendered.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
-    assert trained_text(rendered) == rendered.text
-    assert rendered.prompt is None
-
-
-def test_conversational_completion_starts_after_the_generation_prompt(tokenizer):
-    row = {"prompt": [say("user", "hi")], "completion": [say("assistant", "yes")]}
-    rendered = render(row, pair(conversational=True), tokenizer)
-    assert rendered.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert trained_text(rendered) == "yes<|im_end|>\n"
-    whole = render(row, pair(conversational=True, completion_only=False), tokenizer)
-    assert trained_text(whole) == rendered.text
-
-
-def test_generation_prompt_that_the_answer_does_not_repeat(tokenizer):
-    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
-    row = {"prompt": [say("user", "hi")], "completion": [say("assistant", "yes")]}
-    rendered = render(row, pair(conversational=True), tokenizer)
-    assert rendered.prompt is not None and rendered.prompt.endswith("assistant\n<think>\n")
-    assert trained_text(rendered) == "yes<|im_end|>\n"
-
-
-def test_prompt_that_ends_with_the_assistant_is_continued(tokenizer):
-    row = {"prompt": [say("user", "hi"), say("assistant", "yes")], "completion": [say("user", "hi")]}
-    rendered = render(row, pair(conversational=True), tokenizer)
-    assert rendered.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes"
-    assert trained_text(rendered).startswith("<|im_end|>\n<|im_start|>user")
-
-
-def test_plain_text_gets_the_eos_once(tokenizer):
-    assert render({"text": "hi"}, TEXT, tokenizer).text == "hi<|im_end|>"
-    assert render({"text": "hi<|im_end|>"}, TEXT, tokenizer).text == "hi<|im_end|>"
-    rendered = render({"prompt": "a", "completion": " b"}, pair(conversational=False), tokenizer)
-    assert (rendered.text, trained_text(rendered)) == ("a b<|im_end|>", " b<|im_end|>")
-
-
-def test_keys_that_arrow_filled_with_none_are_not_there_for_the_template(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ 'tool' if 'tool_calls' in m }}{% endfor %}"
-    row = {"messages": [say("user", "hi", tool_calls=None), say("assistant", " you", tool_calls=["x"])]}
-    assert render(row, MESSAGES, tokenizer).text == "hi youtool"
-
-
-@pytest.mark.parametrize(
-    ("row", "row_format", "message"),
-    [
-        ({"text": None}, TEXT, "need a string in text, got nothing"),
-        ({"messages": []}, MESSAGES, "need a conversation in messages, got a list that is neither"),
-        ({"messages": [say("user", None)]}, MESSAGES, "need text in every message, got none from the user"),
-    ],
-)
-def test_rows_that_cannot_be_rendered(tokenizer, row, row_format, message):
-    with pytest.raises(RowError, match=message):
-        render(row, row_format, tokenizer)
-
-
-def test_row_that_the_template_refuses(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(RowError, match="the chat template refuses it: roles must alternate"):
-        render({"messages": [say("user", "hi")]}, MESSAGES, tokenizer)
 
 
 def test_prepare_tokenizer_overrides(tokenizer, tmp_path: Path):
@@ -122,13 +43,67 @@ def test_directory_without_tokenizer(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_format_needs_of_the_tokenizer(tokenizer):
-    tokenizer.chat_template = None
-    with pytest.raises(
-        ValueError, match=r"^chat_template: need a template for the conversations in messages, got null; "
-    ):
+def test_a_format_needs_an_eos_that_ends_its_rows(tokenizer):
+    assert check_tokenizer(tokenizer, MESSAGES) == check_tokenizer(tokenizer, TEXT) == "<|im_end|>"
+    tokenizer.eos_token = "</s>"
+    message = r"^eos_token: need <\|im_end\|>, with which the .*, got </s>; set eos_token: <\|im_end\|>$"
+    with pytest.raises(UserError, match=message):
         check_tokenizer(tokenizer, MESSAGES)
-    check_tokenizer(tokenizer, TEXT)
+    assert check_tokenizer(tokenizer, TEXT) == "</s>"
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match=r"^eos_token: need a token that ends a text, got null; "):
+    with pytest.raises(UserError, match=r"^eos_token: need <\|im_end\|>.*, got null; "):
+        check_tokenizer(tokenizer, MESSAGES)
+    with pytest.raises(UserError, match=r"^eos_token: need a token that ends a text, got null; "):
         check_tokenizer(tokenizer, TEXT)
+
+
+def test_an_eos_whose_text_is_not_one_token_is_refused_until_it_is_named(tokenizer, tmp_path: Path):
+    tokenizer.eos_token = "yes no"
+    with pytest.raises(UserError, match=r"^eos_token: need a text that the tokenizer reads as one token, got 'yes no'"):
+        check_tokenizer(tokenizer, TEXT)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path)
+    named = prepare_tokenizer(tmp_path, eos_token="yes")  # a plain word of the vocabulary
+    assert named("hiyes")["input_ids"][-1] == named.eos_token_id == tokenizer.convert_tokens_to_ids("yes")
+
+
+@pytest.mark.parametrize(
+    ("template", "ending"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}</s>\n{% endfor %}", "</s>"),
+        ("{% for m in messages %}{{ m['content'] }}\n<|im_end|>\n{% endfor %}</s>", "<|im_end|>"),
+        ("{% for m in messages %}{{ ' ' + m['content'] | trim + ' ' + '</s>' }}{% endfor %}", "</s>"),
+    ],
+)
+def test_end_of_turn_is_the_first_special_token_after_the_answer(tokenizer, template, ending):
+    tokenizer.chat_template = template
+    assert end_of_turn(tokenizer) == ending
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "^chat_template: need a template for conversations, got null; "),
+        ("{% for m in messages %}{{ m['content'] }}?{% endfor %}", "need a special token after .*, got '\\?'; "),
+        ("<s>{{ messages[0]['content'] }}</s>", "need the assistant's words in what it writes"),
+        ("{{ raise_exception('no') }}", "need a template for a question and its answer, got the chat .* it: no; "),
+    ],
+)
+def test_templates_that_end_no_turn(tokenizer, template, message):
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        end_of_turn(tokenizer)
+
+
+def test_chatml_adds_what_is_missing(byte_tokenizer, tokenizer):
+    made = with_chatml(byte_tokenizer)
+    size = len(byte_tokenizer)
+    assert (made.bos_token_id, made.eos_token_id, made.pad_token_id, len(made)) == (size, size + 1, size + 1, size + 2)
+    assert byte_tokenizer.chat_template is None and len(byte_tokenizer) == size
+    assert end_of_turn(made) == made.eos_token == "<|im_end|>"
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    text = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat<|im_end|>\n"
+    assert made.apply_chat_template(messages, tokenize=False) == text
+    asked = made.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert asked == text[: text.index("sat")]
+    assert len(with_chatml(tokenizer)) == len(tokenizer)  # both tokens were there
