@@ -1,7 +1,8 @@
 """The decoder's forward pass over packed rows: pure functions of a parameter tree, layers scanned.
 
 `constrain(kind, tree)` is how a caller pins shardings without the model knowing of any: kind "activations" is the
-[B, T, D] stream, "layer" one layer's parameters, "ends" the parameters outside the layers. The default does nothing.
+[B, T, D] stream, "layer" one layer's parameters, "ends" the parameters outside the layers, "lookup" the embedding as
+tokens are looked up in it. The default does nothing.
 """
 
 from collections.abc import Callable
@@ -111,7 +112,7 @@ def forward(
     """
     params = cast(params, dtype)
     rope = rotation(config, layout.positions)
-    x = constrain("activations", params["embed"]["embedding"][tokens])
+    x = constrain("activations", constrain("lookup", params["embed"]["embedding"])[tokens])
 
     def body(x: Array, layer_params: Params) -> tuple[Array, None]:
         y, aux = layer(constrain("layer", layer_params), x, layout, rope, config)

@@ -141,7 +141,7 @@ def test_bfloat16_keeps_float32_logits():
 def on_mesh(shape: dict[str, int]):
     """The mesh, and the shardings of hidden, kernel, targets and weights on it."""
     mesh = make_mesh(MeshConfig(**shape))
-    rows = PartitionSpec(("data", "fsdp"))
+    rows = PartitionSpec(("fsdp", "data"))
     specs = (rows, PartitionSpec(None, "tensor"), rows, rows)
     return mesh, tuple(NamedSharding(mesh, spec) for spec in specs)
 
