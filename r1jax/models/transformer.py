@@ -1,7 +1,8 @@
 """The decoder's forward pass over packed rows: pure functions of a parameter tree, layers scanned.
 
 `constrain(kind, tree)` is how a caller pins shardings without the model knowing of any: kind "activations" is the
-[B, T, D] stream, "layer" one layer's parameters, "ends" the parameters outside the layers. The default does nothing.
+[B, T, D] stream, "layer" one layer's parameters, "ends" the parameters outside the layers, "lookup" the embedding as
+tokens are looked up in it. The default does nothing.
 """
 
 from collections.abc import Callable
@@ -113,7 +114,8 @@ def forward(
     """
     params = cast(params, dtype)
     rope = rotation(config, layout.positions)
-    x = constrain("activations", perturb(params["embed"]["embedding"][tokens]))
+    embedded = constrain("lookup", params["embed"]["embedding"])[tokens]
+    x = constrain("activations", perturb(embedded))
 
     def body(x: Array, layer_params: Params) -> tuple[Array, None]:
         y, aux = layer(constrain("layer", layer_params), x, layout, rope, config)

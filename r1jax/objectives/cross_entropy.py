@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from r1jax.sharding.mesh import BATCH_AXES
+from r1jax.sharding.rules import STATE_AXES
+
 CHUNK_ELEMENTS = 2**26
 """Logits that exist at one time on a device where no chunk size is given: 256 MiB in float32."""
 
@@ -138,18 +141,17 @@ def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, res
     """function under `shard_map`; one letter an array: h hidden [B, T, D], k kernel [D, V], t per-token [B, T]."""
     if mesh is None:
         return function
-    batch = ("data", "fsdp")
     specs = {
-        "h": PartitionSpec(batch, "context", None),
+        "h": PartitionSpec(BATCH_AXES, "context", None),
         "k": PartitionSpec(None, "tensor"),
-        "t": PartitionSpec(batch, "context"),
+        "t": PartitionSpec(BATCH_AXES, "context"),
     }
     inputs, outputs = tuple(specs[letter] for letter in arguments), tuple(specs[letter] for letter in results)
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 def _gradients(chunk: int, mesh: Mesh | None, arguments: str, *, by_probability: bool = False) -> Callable[..., Any]:
-    axes = ("data", "fsdp", "context") if mesh else ()
+    axes = STATE_AXES if mesh else ()
     local = functools.partial(
         _local_gradients,
         chunk=chunk,

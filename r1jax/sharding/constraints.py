@@ -45,6 +45,7 @@ def make_constrain(mesh: Mesh, specs: Specs) -> Callable[[str, Tree], Tree]:
     """constrain(kind, tree) for `models.transformer`: rows of activations over the batch axes, and parameters gathered
     from their ZeRO shards just where they are used, a layer at a time."""
     activations = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context", None))
+    lookup = NamedSharding(mesh, specs.compute["embed"]["embedding"])
 
     def gather(tree: Tree, compute: Tree, gradients: Tree, cut: Callable[[PartitionSpec], PartitionSpec]) -> Tree:
         def one(leaf: jax.Array, whole: PartitionSpec, gradient: PartitionSpec) -> jax.Array:
@@ -57,6 +58,10 @@ def make_constrain(mesh: Mesh, specs: Specs) -> Callable[[str, Tree], Tree]:
             return jax.lax.with_sharding_constraint(tree, activations)
         if kind == "layer":
             return gather(tree, specs.compute["layers"], specs.gradients["layers"], _without_layers)
+        if kind == "lookup":
+            # Its gradient is a scatter-add. Pinned whole, each device adds up its own tokens, and the sum over devices
+            # is reduce-scattered as it reaches "ends". Else each device would gather all tokens of all devices.
+            return gathered(tree, lookup, lookup)
         assert kind == "ends", kind
         ends = {name: specs.compute[name] for name in tree}
         return gather(tree, ends, {name: specs.gradients[name] for name in tree}, lambda spec: spec)

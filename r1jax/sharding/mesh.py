@@ -12,8 +12,9 @@ from r1jax.config.errors import need
 from r1jax.config.mesh import MeshConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH_AXES = ("data", "fsdp")
-"""The rows of a batch are split over these."""
+BATCH_AXES = ("fsdp", "data")
+"""The rows of a batch are split over these. In the order in which `rules.STATE_AXES` splits gradients: a sum over
+devices whose groups are listed in another order stays an all-reduce where it could be a reduce-scatter (TPU)."""
 
 
 def initialize_processes() -> None:

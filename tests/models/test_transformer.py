@@ -165,7 +165,8 @@ def test_constrain_sees_the_stream_and_each_layer(params: Tree, documents: list[
     jax.eval_shape(partial(forward, config=CONFIG, constrain=constrain), params, tokens, layout)
     stream = ("activations", (1, ROOM, CONFIG.hidden_size))
     one_layer = ("layer", jax.tree.map(lambda leaf: leaf.shape[1:], params["layers"]))
-    assert seen == [stream, one_layer, stream]
+    lookup = ("lookup", params["embed"]["embedding"].shape)
+    assert seen == [lookup, stream, one_layer, stream]
 
 
 def test_rms_norm_worked_by_hand():

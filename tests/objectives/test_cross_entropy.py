@@ -159,7 +159,7 @@ def test_weights_times_probability(chunk):
 def on_mesh(shape: dict[str, int]):
     """The mesh, and the shardings of hidden, kernel, targets and weights on it."""
     mesh = make_mesh(MeshConfig(**shape))
-    rows = PartitionSpec(("data", "fsdp"))
+    rows = PartitionSpec(("fsdp", "data"))
     specs = (rows, PartitionSpec(None, "tensor"), rows, rows)
     return mesh, tuple(NamedSharding(mesh, spec) for spec in specs)
 

@@ -39,6 +39,7 @@ def test_each_kind_is_laid_out_by_its_table(mesh):
     arguments = {
         "layer": {"up": {"kernel": jnp.ones((8, 8))}},
         "ends": {"embed": {"embedding": jnp.ones((8, 8))}},
+        "lookup": jnp.ones((8, 8)),
         "activations": jnp.ones((4, 3, 2)),
     }
 
@@ -47,8 +48,9 @@ def test_each_kind_is_laid_out_by_its_table(mesh):
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(laid_out)), laid_out
 
     gradients, laid_out = jax.jit(jax.grad(loss, has_aux=True))(arguments)
-    expected = {"layer": P(None, "tensor"), "ends": P("tensor"), "activations": P(("data", "fsdp"))}
-    of_gradients = {"layer": P("fsdp", "tensor"), "ends": P("tensor", "fsdp"), "activations": P(("data", "fsdp"))}
+    same = {"lookup": P("tensor"), "activations": P(("fsdp", "data"))}
+    expected = {"layer": P(None, "tensor"), "ends": P("tensor"), **same}
+    of_gradients = {"layer": P("fsdp", "tensor"), "ends": P("tensor", "fsdp"), **same}
     for results, specs in ((laid_out, expected), (gradients, of_gradients)):
         for kind, spec in specs.items():
             (leaf,) = jax.tree.leaves(results[kind])
