@@ -112,6 +112,7 @@ def open_recorder(config: RunConfig, plan: Plan, resumed: dict[str, Any]) -> Rec
         num_steps=plan.num_steps,
         steps_per_epoch=plan.num_steps_per_epoch,
         num_tokens=resumed.get("num_tokens", 0),
+        resumed=resumed.get("recorder"),
     )
 
 
@@ -169,13 +170,14 @@ def train_model(
             "seed": config.run.seed,
             "plan": plan.fingerprint,
             "num_tokens": recorder.num_tokens,
+            "recorder": recorder.progress(),
             "save_only_model": config.checkpoint.save_only_model,
         }
         checkpoints.save(done, tree, about)
 
     if config.evaluation.eval_on_start and held_out is not None and int(state.step) == 0:
         recorder.emit(0, measure(state))
-    final, done = loop.run(
+    return loop.run(
         state,
         inputs(),
         step,
@@ -183,6 +185,3 @@ def train_model(
         recorder=recorder,
         tasks=loop.Tasks(evaluate=measure if held_out is not None else None, save=save),
     )
-    if held_out is not None and done == plan.num_steps and not recorder.has(done, "eval_loss"):
-        recorder.emit(done, measure(final))
-    return final, done
