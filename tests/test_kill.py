@@ -232,11 +232,12 @@ def results(folder: Path) -> dict[str, Any]:
         for record in records(path.read_bytes()):
             event = Event.FromString(record[12:-4])
             scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    exported = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".md")}
+    card = (folder / "README.md").read_text().replace(folder.name, "NAME")
     return {
         "rows": [{name: value for name, value in row.items() if name not in TIMING} for row in rows],
         "scalars": [scalar for scalar in scalars if scalar[1].partition("/")[2] not in TIMING | {"runtime"}],
-        "exported": exported,
+        "model": (folder / "model.safetensors").read_bytes(),
+        "card": card,
         "left": sorted(path.name for path in folder.rglob("*") if path.is_dir() and "checkpoints" in path.parts[-2:]),
     }
 
