@@ -92,7 +92,11 @@ def _from_hf(args: argparse.Namespace) -> Model:
 
 def _from_orbax(folder: Path, step: int | None, args: argparse.Namespace) -> Model:
     checkpoints = Checkpoints(folder, read_only=True)
-    step = step if step is not None else checkpoints.latest_step()
+    if step is None:
+        step, damaged = checkpoints.newest_whole()
+        if damaged:
+            advice = f"name an earlier one: {folder / str(step)}" if step is not None else "bring one back from a copy"
+            raise need("SRC", "a run whose newest checkpoint is whole", "; ".join(damaged), advice)
     assert step is not None, "locate returns folders that hold a step"
     metadata = checkpoints.metadata(step)
     config = decoder_config(metadata["hf_config"])

@@ -143,6 +143,7 @@ def open_recorder(config: RunConfig, plan: Plan, resumed: dict[str, Any]) -> Rec
         num_steps=plan.num_steps,
         steps_per_epoch=plan.num_steps_per_epoch,
         num_tokens=resumed.get("num_tokens", 0),
+        resumed=resumed.get("recorder"),
     )
 
 
@@ -204,13 +205,14 @@ def train_model(
             "seed": config.run.seed,
             "plan": plan.fingerprint,
             "num_tokens": recorder.num_tokens,
+            "recorder": recorder.progress(),
             "save_only_model": config.checkpoint.save_only_model,
         }
         checkpoints.save(done, tree, about)
 
     if config.evaluation.eval_on_start and held_out is not None and int(state.step) == 0:
         recorder.emit(0, measure(state))
-    final, done = loop.run(
+    return loop.run(
         state,
         profiled(inputs(), config.run.profiled_steps(), Path(config.run.output_dir) / "profile"),
         step,
@@ -218,6 +220,3 @@ def train_model(
         recorder=recorder,
         tasks=loop.Tasks(evaluate=measure if held_out is not None else None, save=save),
     )
-    if held_out is not None and done == plan.num_steps and not recorder.has(done, "eval_loss"):
-        recorder.emit(done, measure(final))
-    return final, done

@@ -3,21 +3,30 @@
 The loop saves and resumes through `Checkpoints`; convert reads the parameters alone. Orbax stays behind this file.
 """
 
+import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from r1jax.config.errors import need
+from r1jax.checkpoints import integrity
+from r1jax.config.errors import need, shown
 
 SCHEMA_VERSION = 1
 """Of the state's and the metadata's layout; raised when an older reader would misread a newer checkpoint."""
 
 FOLDER = "checkpoints"
 """Where a run's output_dir keeps them."""
+
+# A checkpoint that goes is first moved here, in one move: a kill while its files are deleted leaves no half of it
+# under its step's name.
+_DELETED = ".deleted"
+_UNCOMMITTED = ".orbax-checkpoint-tmp"
+"""Orbax's mark in the name of what it has not committed."""
 
 
 def locate(path: Path) -> tuple[Path, int | None] | None:
@@ -48,13 +57,15 @@ class Checkpoints:
         self.directory = directory.absolute()
         # Saved or restored here, so already what `save` would write; any other step is another run's past.
         self._ours: set[int] = set()
+        self._saving = 0
+        self._read_only, self._cleaned = read_only, False
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else save_total_limit,
             save_interval_steps=0 if read_only else 1,
             create=not read_only,
-            # What a killed process left half-written.
-            cleanup_tmp_directories=not read_only,
+            todelete_subdir=None if read_only else _DELETED,
             read_only=read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         # Compressed, a save takes six times as long [SmolLM2-135M, two cores: 2.4 s, 0.4 s without]; trained float32
         # weights and moments hardly get smaller.
@@ -63,12 +74,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def all_steps(self) -> list[int]:
-        """The complete checkpoints' steps, ascending."""
+        """The committed checkpoints' steps, ascending; what happened to them since is not looked at."""
         return sorted(self._manager.all_steps())
-
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step."""
-        return max(self.all_steps(), default=None)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> bool:
         """Whether a checkpoint was begun: False for a step that this object has saved or restored already.
@@ -80,11 +87,13 @@ class Checkpoints:
         assert "params" in _by_path(state, depth=1), "a state has its parameters under a top-level `params`"
         if step in self._ours:
             return False
+        self.wait()
+        self._clean()
         if step in self._manager.all_steps():
-            self.wait()
-            self._manager.delete(step)
+            self._delete(step)
         document = {"schema_version": SCHEMA_VERSION, "step": step, **metadata}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(document))
+        self._saving = step
         self._manager.save(step, args=items, force=True)
         self._ours.add(step)
         return True
@@ -108,34 +117,96 @@ class Checkpoints:
         return self._restore_state(step, abstract_state, partial=True)["params"]
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """The step's JSON document: schema_version, step and what the run saved with it."""
+        """The step's JSON document: schema_version, step and what the run saved with it; waits for a save of it.
+
+        Raises `UserError` where the checkpoint is missing, damaged or of an unknown schema.
+        """
+        self.wait()
         if step not in self._manager.all_steps():
             steps = ", ".join(map(str, self.all_steps())) or "none"
             rule = f"a complete checkpoint in {self.directory} (there: {steps})"
             raise need("resume_from_checkpoint", rule, f"step {step}", "name one that is there")
-        metadata = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
-        version = metadata["schema_version"]
-        if version > SCHEMA_VERSION:
-            got = f"{version} in {self.directory / str(step)}"
-            rule = f"schema_version <= {SCHEMA_VERSION}"
-            raise need("resume_from_checkpoint", rule, got, "a newer r1jax wrote it, use that")
-        return metadata
+        if (reason := self.damage(step)) is not None:
+            rule, got = "a checkpoint that is whole", f"{self.directory / str(step)} (damaged: {reason})"
+            raise need("resume_from_checkpoint", rule, got, "name another, or bring it back from a copy")
+        return self._document(step)
+
+    def damage(self, step: int) -> str | None:
+        """Why the step cannot be restored, in a few words; None when it is whole.
+
+        Raises `UserError` for a whole document of a schema that this version does not know.
+        """
+        try:
+            document = self._document(step)
+        except FileNotFoundError:
+            return "metadata is missing"
+        except (OSError, ValueError) as error:
+            return f"metadata is no JSON document: {error}"
+        if not isinstance(document, dict) or document.get("step") != step:
+            return f"metadata does not describe step {step}"
+        version = document.get("schema_version")
+        if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            advice = "a newer r1jax wrote it, use that" if newer else "this r1jax did not write it, name another"
+            got = f"{shown(version)} in {self.directory / str(step)}"
+            raise need("resume_from_checkpoint", f"schema_version <= {SCHEMA_VERSION}", got, advice)
+        return integrity.damage(self.directory / str(step))
+
+    def newest_whole(self) -> tuple[int | None, list[str]]:
+        """(the newest step that is whole, None without one; what is wrong with each newer one)."""
+        damaged = []
+        for step in reversed(self.all_steps()):
+            reason = self.damage(step)
+            if reason is None:
+                return step, damaged
+            damaged.append(f"checkpoint {step} is damaged ({reason})")
+        return None, damaged
 
     def discard_after(self, step: int) -> None:
         """Deletes every later checkpoint: a run that resumes from `step` makes another future."""
         self.wait()
-        for later in [one for one in self.all_steps() if one > step]:
-            self._manager.delete(later)
+        self._clean()
+        # Newest first: what a kill in between leaves is a run's past without gaps.
+        for later in [one for one in reversed(self.all_steps()) if one > step]:
+            self._delete(later)
             self._ours.discard(later)
 
     def wait(self) -> None:
         """Returns when what was saved is complete on disk; raises what went wrong."""
         self._manager.wait_until_finished()
+        self._empty_deleted()
 
     def close(self) -> None:
         """Waits, then ends Orbax's threads."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+    def _document(self, step: int) -> Any:
+        return json.loads((self.directory / str(step) / "metadata" / "metadata").read_text(encoding="utf-8"))
+
+    def _seal(self) -> None:
+        """Called by Orbax on the first process, when all files are written and nothing is committed."""
+        integrity.seal(self.directory / f"{self._saving}{_UNCOMMITTED}")
+
+    def _delete(self, step: int) -> None:
+        self._manager.delete(step)
+        self._empty_deleted()
+
+    def _empty_deleted(self) -> None:
+        """Removes what was moved away; never while a save runs, whose end moves more, nor before the first change."""
+        if self._cleaned and jax.process_index() == 0:
+            shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
+
+    def _clean(self) -> None:
+        """Removes, once and before the first change, what a killed process left half-written or half-deleted."""
+        assert not self._read_only, "a reader changes nothing"
+        if self._cleaned:
+            return
+        self._cleaned = True
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"*{_UNCOMMITTED}*"):
+                shutil.rmtree(path)
+        self._empty_deleted()
 
     def _restore_state(self, step: int, abstract_state: Any, *, partial: bool) -> Any:
         args = ocp.args.PyTreeRestore(

@@ -31,15 +31,25 @@ class JsonLines:
 def truncate(path: Path, start_step: int) -> None:
     """Nothing; keeps the rows of steps <= start_step (none at 0), so that a resumed run writes the others again.
 
-    The file is replaced in one move. A last line that was cut off by a crash goes too.
+    For any file of JSON objects with a `step`, a line each; kept lines keep their bytes. A line that a crash cut off
+    goes too. The file is replaced in one move.
     """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if start_step > 0 else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+    lines = path.read_bytes().splitlines(keepends=True) if start_step > 0 else []
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(line for line in lines if _is_before(line, start_step)))
     os.replace(temporary, path)
+
+
+def _is_before(line: bytes, start_step: int) -> bool:
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= start_step
 
 
 def _strict(value: SupportsFloat) -> float | int | None:

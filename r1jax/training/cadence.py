@@ -23,7 +23,7 @@ class Every:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """The three rhythms of a run of `num_steps` updates; the last update is always logged."""
+    """The three rhythms of a run of `num_steps` updates; the last update is always logged and evaluated."""
 
     logging: Every
     evaluation: Every
@@ -34,6 +34,10 @@ class Cadence:
     def logs(self, step: int) -> bool:
         """Whether the metrics up to `step` go out."""
         return self.logging.due(step) or step == self.num_steps or (self.log_first and step == 1)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether held-out rows are evaluated after `step`. Always before a save: a checkpoint's step is complete."""
+        return self.evaluation.due(step) or step == self.num_steps
 
 
 def make_cadence(config: RunConfig, num_steps: int, steps_per_epoch: int) -> Cadence:

@@ -71,20 +71,20 @@ def run(
             settle()
             pending, done = (given, metrics), given.step + 1
             stops = requested(done)
-            evaluates = tasks.evaluate is not None and cadence.evaluation.due(done)
+            evaluates = tasks.evaluate is not None and cadence.evaluates(done)
             saves = stops or cadence.saving.due(done)
             if cadence.logs(done) or evaluates or saves:
                 settle()
             if cadence.logs(done):
                 recorder.log(done)
             if evaluates or saves:
-                since = recorder.pause()
+                recorder.pause()
                 if evaluates and tasks.evaluate is not None:
                     recorder.emit(done, tasks.evaluate(state))
                 if saves:
                     tasks.save(done, state)
                     saved = done
-                recorder.resume(since)
+                recorder.resume()
             if stops:
                 logger.info("SIGTERM: saved step %d", done)
                 return state, done

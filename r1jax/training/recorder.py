@@ -4,6 +4,7 @@ metrics.jsonl has TRL's names and `tokens_per_second` (tokens that are not paddi
 `tflops_per_device` and `mfu` (see models/flops.py; absent where the device's peak is not known).
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -21,19 +22,45 @@ from r1jax.trackers.open import Trackers
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(kw_only=True)
+class Window:
+    """What the next log averages over: sums since the last one, which a checkpoint between two logs carries on."""
+
+    steps: int = 0
+    loss: float = 0.0
+    correct_tokens: float = 0.0
+    loss_tokens: float = 0.0
+    grad_norm: float = 0.0
+    """The latest, as is the learning rate."""
+    learning_rate: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    """Before the start that the clock in `Recorder` counts from."""
+
+
 class Recorder:
     """Collects the metrics of one run."""
 
-    def __init__(self, trackers: Trackers, *, start_step: int, num_steps: int, steps_per_epoch: int, num_tokens: int):
-        """num_tokens: tokens seen before start_step."""
+    def __init__(
+        self,
+        trackers: Trackers,
+        *,
+        start_step: int,
+        num_steps: int,
+        steps_per_epoch: int,
+        num_tokens: int = 0,
+        resumed: Mapping[str, Any] | None = None,
+    ):
+        """num_tokens: tokens seen before start_step; resumed: what `progress` gave there."""
         self.trackers = trackers
         self.num_tokens = num_tokens
-        self.last: dict[str, float] = {}
-        self._emitted: set[tuple[int, str]] = set()
+        self.last: dict[str, float] = dict(resumed["last"]) if resumed else {}
         self._steps_per_epoch = steps_per_epoch
         self._num_steps = num_steps
-        self._window: list[Mapping[str, float]] = []
-        self._window_tokens, self._window_flops, self._window_start = 0, 0.0, time.perf_counter()
+        self._window = Window(**resumed["window"]) if resumed else Window()
+        self._window_start = time.perf_counter()
+        self._paused_at: float | None = None
         columns = (
             TextColumn("training"),
             BarColumn(),
@@ -56,36 +83,50 @@ class Recorder:
             if not math.isfinite(values[name]):
                 advice = "lower learning_rate or max_grad_norm, or look at the rows of this step"
                 raise RunFailure(f"{name}: need a finite number, got {values[name]} at step {step}; {advice}")
-        self._window.append(values)
-        self._window_tokens += tokens
-        self._window_flops += flops
+        window = self._window
+        window.steps += 1
+        window.tokens += tokens
+        window.flops += flops
+        window.loss += values["loss"]
+        window.correct_tokens += values["correct_tokens"]
+        window.loss_tokens += values["loss_tokens"]
+        window.grad_norm, window.learning_rate = values["grad_norm"], values["learning_rate"]
         self.num_tokens += tokens
         note = f"loss {values['loss']:.4f}"
         self._progress.update(self._task, completed=step, note=note)
 
     def log(self, step: int) -> None:
         """Sends the window's averages out under `step` and begins the next window."""
-        seconds = time.perf_counter() - self._window_start
-        latest = self._window[-1]
-        trained = sum(row["loss_tokens"] for row in self._window)
+        window, seconds = self._window, self._seconds()
         metrics = {
-            "loss": sum(row["loss"] for row in self._window) / len(self._window),
-            "grad_norm": latest["grad_norm"],
-            "learning_rate": latest["learning_rate"],
-            "mean_token_accuracy": sum(row["correct_tokens"] for row in self._window) / max(trained, 1.0),
+            "loss": window.loss / window.steps,
+            "grad_norm": window.grad_norm,
+            "learning_rate": window.learning_rate,
+            "mean_token_accuracy": window.correct_tokens / max(window.loss_tokens, 1.0),
             "epoch": step / self._steps_per_epoch,
             "num_tokens": self.num_tokens,
-            "tokens_per_second": self._window_tokens / seconds,
-            "time/step": seconds / len(self._window),
+            "tokens_per_second": window.tokens / seconds,
+            "time/step": seconds / window.steps,
             **self._hardware_use(seconds),
         }
         self.emit(step, metrics)
-        self._window, self._window_tokens, self._window_flops = [], 0, 0.0
-        self._window_start = time.perf_counter()
+        self._window, self._window_start = Window(), time.perf_counter()
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run logs and reports what an unbroken one does."""
+        return {
+            "window": dataclasses.asdict(dataclasses.replace(self._window, seconds=self._seconds())),
+            "last": dict(self.last),
+        }
+
+    def _seconds(self) -> float:
+        """Training time of the window so far."""
+        now = time.perf_counter() if self._paused_at is None else self._paused_at
+        return self._window.seconds + now - self._window_start
 
     def _hardware_use(self, seconds: float) -> dict[str, float]:
         device = jax.devices()[0]
-        achieved = self._window_flops / seconds / jax.device_count()
+        achieved = self._window.flops / seconds / jax.device_count()
         use = {"tflops_per_device": achieved / 1e12}
         peak = peak_flops(device.device_kind)
         if peak is not None:
@@ -98,7 +139,6 @@ class Recorder:
     def emit(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends metrics to the trackers and, in a few words, to the log."""
         self.last.update(metrics)
-        self._emitted.update((step, name) for name in metrics)
         self.trackers.log(step, metrics)
         if jax.process_index() == 0:
             shown = ("loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy", "learning_rate")
@@ -107,17 +147,15 @@ class Recorder:
                 words.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
             logger.info("step %d/%d  %s", step, self._num_steps, "  ".join(words))
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether this metric of this step has gone out."""
-        return (step, name) in self._emitted
+    def pause(self) -> None:
+        """Stops the clock, so that evaluation and saving do not count as training time."""
+        self._paused_at = time.perf_counter()
 
-    def pause(self) -> float:
-        """Now; give it to `resume` so that evaluation and saving do not count as training time."""
-        return time.perf_counter()
-
-    def resume(self, since: float) -> None:
-        """Takes the time since `pause` out of the window."""
-        self._window_start += time.perf_counter() - since
+    def resume(self) -> None:
+        """Lets the clock go on."""
+        assert self._paused_at is not None, "resume comes after pause"
+        self._window_start += time.perf_counter() - self._paused_at
+        self._paused_at = None
 
     def close(self) -> None:
         """Ends the progress bar and the trackers."""

@@ -5,6 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints, locate
 from r1jax.config.errors import need
 from r1jax.config.run import RunSettings
@@ -13,7 +17,10 @@ from r1jax.training.state import StateLayout, TrainState
 logger = logging.getLogger(__name__)
 
 # What a run that was killed before its first checkpoint leaves behind.
-_UNFINISHED = {"config.yaml", "metrics.jsonl", "runs", "wandb", FOLDER, ".export-incomplete"}
+_UNFINISHED = {
+    *("config.yaml", "metrics.jsonl", "metrics.jsonl.tmp", "runs", "wandb", "wandb_run_id"),
+    *(FOLDER, ".export-incomplete"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,30 +38,52 @@ class Start:
 def find_start(settings: RunSettings, own: Checkpoints) -> Start | None:
     """The checkpoint that `resume_from_checkpoint` asks for; None to start afresh.
 
-    Raises `UserError` when one is asked for and absent, or when starting afresh would mix with another run's files.
+    Damaged checkpoints are passed over for the one before, unless one is asked for by its step. Raises `UserError`,
+    before anything is deleted, when the one asked for is absent or damaged, when checkpoints are there and none is
+    whole, or when starting afresh would mix with another run's files.
     """
     wish = settings.resume_from_checkpoint
+    source, step, damaged = own, None, []
+    if wish is False:
+        _refuse_mixing(settings, bool(own.all_steps()))
+        own.discard_after(-1)
+        return None
     if isinstance(wish, str):
         found = locate(Path(wish))
         if found is None:
             raise need("resume_from_checkpoint", "a run or one of its checkpoints", wish, "check the path")
         folder, step = found
         source = own if folder == own.directory else Checkpoints(folder, read_only=True)
-        step = source.latest_step() if step is None else step
-    else:
-        source, step = own, own.latest_step()
-    if wish is False:
-        _refuse_mixing(settings, bool(own.all_steps()))
-        own.discard_after(-1)
-        return None
     if step is None:
+        step, damaged = source.newest_whole()
+        step = _agreed(step)
+    if step is None:
+        if damaged:
+            got = "; ".join(damaged)
+            advice = (
+                "bring one back from a copy, or start afresh: resume_from_checkpoint false, overwrite_output_dir true"
+            )
+            raise need("resume_from_checkpoint", f"a whole checkpoint in {source.directory}", got, advice)
         if wish is True:
             advice = "remove the key to start afresh"
             raise need("resume_from_checkpoint", f"a checkpoint in {own.directory}", "none", advice)
         _refuse_mixing(settings, False)
         return None
-    logger.info("resuming from step %d of %s", step, source.directory)
-    return Start(checkpoints=source, step=step, metadata=source.metadata(step))
+    start = Start(checkpoints=source, step=step, metadata=source.metadata(step))
+    if damaged and jax.process_index() == 0:
+        # Without the folder, so that a log file's width holds it.
+        logger.warning("%s; resuming from step %d", "; ".join(damaged), step)
+    elif not damaged:
+        logger.info("resuming from step %d of %s", step, source.directory)
+    return start
+
+
+def _agreed(step: int | None) -> int | None:
+    """What the first process chose: should folders look different to others, they must not part."""
+    if jax.process_count() == 1:
+        return step
+    chosen = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if chosen < 0 else chosen
 
 
 def _refuse_mixing(settings: RunSettings, has_checkpoints: bool) -> None:
@@ -81,7 +110,10 @@ def restore(start: Start, own: Checkpoints, layout: StateLayout, plan: str) -> T
     if start.metadata.get("save_only_model"):
         advice = "set save_only_model: false in runs that are to be resumed, or resume_from_checkpoint: false"
         raise need("resume_from_checkpoint", "a checkpoint with optimizer state", "one without", advice)
+    logger.info("restoring step %d", start.step)
     saved, _ = start.checkpoints.restore(start.step, layout.abstract.as_dict())
+    jax.block_until_ready(saved)
+    logger.info("restored")
     if start.checkpoints.directory == own.directory:
         own.discard_after(start.step)
     return TrainState(**saved)

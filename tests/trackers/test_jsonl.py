@@ -2,8 +2,9 @@ import json
 import math
 
 import numpy as np
+import pytest
 
-from r1jax.trackers.jsonl import JsonLines
+from r1jax.trackers.jsonl import JsonLines, truncate
 
 
 def rows(path):
@@ -34,6 +35,14 @@ def test_a_resumed_run_drops_later_rows_and_a_torn_last_line(tmp_path):
     tracker.close()
     assert rows(path) == [{"step": 1}, {"step": 2}, {"step": 2, "eval_loss": 1.0}, {"step": 3, "loss": 1.0}]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "loss": 1.0}', b'{"st\n', b"\xff\xfe\n", b"[2]\n", b'{"loss": 1.0}\n'])
+def test_what_is_no_row_goes_and_the_rest_keeps_its_bytes(tmp_path, torn):
+    path = tmp_path / "completions.jsonl"
+    path.write_bytes(b'{"step":1,  "text": "\xc3\xa4"}\n' + torn)
+    truncate(path, 2)
+    assert path.read_bytes() == b'{"step":1,  "text": "\xc3\xa4"}\n'
 
 
 def test_a_fresh_run_starts_with_an_empty_file(tmp_path):

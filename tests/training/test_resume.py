@@ -1,4 +1,8 @@
 import contextlib
+import logging
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -140,4 +144,79 @@ def test_what_cannot_be_gone_on_from_is_refused(tmp_path, state, layout, about, 
         assert start is not None
         with pytest.raises(UserError, match=f"^resume_from_checkpoint: {rule}"):
             restore(start, own, layout, "the plan")
+        assert own.all_steps() == [2, 4]
+
+
+def _truncate_largest(checkpoint: Path) -> None:
+    path = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _empty(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def _file(name: str, content: bytes | None) -> Callable[[Path], None]:
+    def harm(checkpoint: Path) -> None:
+        (checkpoint / name).unlink() if content is None else (checkpoint / name).write_bytes(content)
+
+    return harm
+
+
+DAMAGE = [
+    (_truncate_largest, r"has \d+ of \d+ bytes"),
+    (_empty, "metadata is missing"),
+    (_file("state/_METADATA", None), "state/_METADATA is missing"),
+    (_file("state/_METADATA", b"{}"), r"state/_METADATA has 2 of \d+ bytes"),
+    (_file("state/manifest.ocdbt", b""), r"state/manifest.ocdbt has 0 of \d+ bytes"),
+    (_file("_CHECKPOINT_METADATA", b'{"item'), "_CHECKPOINT_METADATA cannot be read"),
+    (_file("_CHECKPOINT_METADATA", None), "_CHECKPOINT_METADATA is missing"),
+    (_file("metadata/metadata", b'{"schema_ver'), "metadata is no JSON document"),
+    (_file("metadata/metadata", b'{"schema_version": 1}'), "metadata does not describe step 4"),
+    (_file("metadata/metadata", b'{"schema_version": 1, "step": 4}'), "metadata/metadata has 32 of "),
+    (_file("files.json", None), "files.json is missing"),
+]
+
+
+@pytest.mark.parametrize(("harm", "why"), DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_in_one_line(tmp_path, state, layout, caplog, monkeypatch, harm, why):
+    """The line names it and says why; the run then replaces it."""
+    monkeypatch.setattr(logging.getLogger("r1jax"), "propagate", True)
+    save(tmp_path, state, 2, 4)
+    harm(tmp_path / FOLDER / "4")
+    with run_folder(tmp_path) as own:
+        start = find_start(settings(tmp_path), own)
+        assert start is not None and start.step == 2
+        (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert re.fullmatch(rf"checkpoint 4 is damaged \(.*{why}.*\); resuming from step 2", line), line
+        assert (tmp_path / FOLDER / "4").is_dir()
+        restored = restore(start, own, layout, "the plan")
+        assert own.all_steps() == [2]
+        own.save(4, restored.as_dict(), ABOUT)
+    assert start_of(tmp_path) == 4
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["2", "4"]
+
+
+@pytest.mark.parametrize("wish", [None, True, "run", "step"])
+def test_nothing_is_deleted_when_no_checkpoint_is_whole(tmp_path, state, wish):
+    save(tmp_path, state, 2, 4)
+    for step, (harm, _) in zip((2, 4), DAMAGE, strict=False):
+        harm(tmp_path / FOLDER / str(step))
+    (tmp_path / FOLDER / "6.orbax-checkpoint-tmp").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    resume = {"run": str(tmp_path), "step": str(tmp_path / FOLDER / "2")}.get(wish, wish)
+    rule = "a checkpoint that is whole" if wish == "step" else "a whole checkpoint in .*, got checkpoint 4 is damaged"
+    with pytest.raises(UserError, match=rf"^resume_from_checkpoint: need {rule}.*checkpoints?.2"):
+        start_of(tmp_path, resume)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5])
+def test_an_unknown_schema_is_refused_and_not_passed_over(tmp_path, state, version):
+    save(tmp_path, state, 2)
+    save(tmp_path, state, 4, schema_version=version)
+    with pytest.raises(UserError, match=r"^resume_from_checkpoint: need schema_version <= 1, got .* in .*4; .*r1jax"):
+        start_of(tmp_path)
+    with run_folder(tmp_path) as own:
         assert own.all_steps() == [2, 4]
