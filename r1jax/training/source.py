@@ -69,7 +69,8 @@ def ready_for(source: Source, row_formats: Sequence[RowFormat]) -> Source:
     """
     if any(row_format.conversational for row_format in row_formats) and not source.tokenizer.chat_template:
         source = _with_chatml(source)
-    for ending in dict.fromkeys(check_tokenizer(source.tokenizer, row_format) for row_format in row_formats):
+    endings = dict.fromkeys(check_tokenizer(source.tokenizer, row_format) for row_format in row_formats)
+    for ending in filter(None, endings):
         logger.info("%s (token %d) ends what the model writes", ending, source.tokenizer.convert_tokens_to_ids(ending))
     return source
 
