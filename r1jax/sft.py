@@ -62,7 +62,7 @@ def run(config: RunConfig) -> None:
     # 1. Everything that can be refused is refused before a device holds anything.
     mesh = make_mesh(config.mesh)
     splits = load_splits(config)
-    source = ready_for(source, [split.row_format for split in splits.values()])
+    source = ready_for(config, source, [split.row_format for split in splits.values()])
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
     checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit)

@@ -45,6 +45,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     order = np.random.default_rng(0).permutation(len(rows))
     for name, part in (("train", order[:800]), ("test", order[800:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(rows[i]) + "\n" for i in part))
+    said = [[("user", rows[i]["prompt"]), ("assistant", rows[i]["completion"])] for i in order[:64]]
+    chats = [{"messages": [{"role": role, "content": words} for role, words in one]} for one in said]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         yield folder
@@ -158,11 +161,7 @@ def test_unpacked_rows_are_laid_out_without_padding_between_them(world: Path) ->
 
 
 def test_a_model_without_chat_template_learns_chatml_and_its_vocabulary_grows(world: Path) -> None:
-    lines = (world / "train.jsonl").read_text().splitlines()[:64]
-    rows = [json.loads(line) for line in lines]
-    said = [[("user", row["prompt"]), ("assistant", row["completion"])] for row in rows]
-    chats = [{"messages": [{"role": role, "content": words} for role, words in one]} for one in said]
-    (world / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    messages = json.loads((world / "chats.jsonl").read_text().splitlines()[0])["messages"]
     changes = {"dataset_train_file": str(world / "chats.jsonl"), "do_eval": False, "eval_strategy": "no"}
     start, out = world / "with-weights", world / "chatml"
     plain = recipe(world, output_dir=str(start), max_steps=1, do_eval=False, eval_strategy="no", eval_steps=None)
@@ -176,8 +175,8 @@ def test_a_model_without_chat_template_learns_chatml_and_its_vocabulary_grows(wo
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", *["<|im_end|>"] * 2)
     assert (tokenizer.eos_token_id, len(tokenizer), model.config.vocab_size) == (65, 66, 128)
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1, 65]
-    text = tokenizer.apply_chat_template(chats[0]["messages"], tokenize=False)
-    assert text.endswith(f"<|im_start|>assistant\n{rows[0]['completion']}<|im_end|>\n")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert str(text).endswith(f"<|im_start|>assistant\n{messages[1]['content']}<|im_end|>\n")
     table = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
     before = load_file(start / "model.safetensors")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(table[:64], before)
@@ -291,6 +290,26 @@ def test_bad_input_is_one_line_and_exit_code_2(
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith(line), printed
     assert not (world / "refused" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--eos_token", "<eos>"], "eos_token: need <|im_end|>, as the model has no chat template and "),
+        (
+            ["--eos_token", "<pad>", "--chat_template", "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"],
+            "eos_token: need <eos>, with which the chat template ends the assistant's turns, got <pad>; set eos_token:",
+        ),
+    ],
+)
+def test_an_eos_that_ends_no_turn_is_refused(
+    world: Path, words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(world, output_dir=str(world / "endless"), do_eval=False, eval_strategy="no", eval_steps=None)
+    assert train.main(["--config", str(config), "--dataset_train_file", str(world / "chats.jsonl"), *words]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith(line), printed
+    assert not (world / "endless" / "config.yaml").exists()
 
 
 def test_grpo_recipes_are_checked_but_not_run(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

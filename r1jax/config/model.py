@@ -30,7 +30,7 @@ class ModelConfig:
     """With gradient_checkpointing: full keeps each layer's input alone, attention also the attention output."""
 
     chat_template: str | None = None
-    """Jinja text that replaces the tokenizer's chat template; null keeps the tokenizer's own."""
+    """Jinja text, or a file of it, for the tokenizer's chat template; null: its own, or ChatML if it has none."""
 
     eos_token: str | None = None
     """Token text that ends a turn, trained and exported as EOS; null keeps the tokenizer's own."""

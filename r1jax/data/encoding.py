@@ -6,16 +6,19 @@ The last character, not any, because byte-level tokenizers may trim offsets: a r
 A row that is not cut must teach the model to stop: one whose trained tokens lack the stop token is an error.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.errors import need
 from r1jax.data.formats import Row, RowFormat
+from r1jax.data.messages import RowError
+from r1jax.data.pretokenised import read_tokens
 from r1jax.data.rendering import Rendered, render
-from r1jax.data.templates import RowError, check_tokenizer
+from r1jax.data.templates import check_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,16 +53,11 @@ class RowEncoder:
 
     def encode(self, rows: Sequence[Row], first_index: int = 0) -> EncodedRows:
         """Tokens and masks of a chunk of rows; `first_index` is the number of the first, for error messages."""
-        rendered = [self._render(row, first_index + i) for i, row in enumerate(rows)]
-        token_lists, ends = self._tokenise([r.text for r in rendered])
-        prompts = self._prompt_tokens(rendered)
+        whole = self._read if self.row_format.kind == "tokens" else self._write
         kept_tokens, kept_masks, num_truncated, num_unaligned = [], [], 0, 0
-        for i, (r, tokens, end, prompt) in enumerate(zip(rendered, token_lists, ends, prompts, strict=True)):
+        for tokens, mask, aligned in whole(rows, first_index):
             num_truncated += self.max_length is not None and len(tokens) > self.max_length
-            num_unaligned += tokens[: len(prompt)] != prompt
-            mask = trained_tokens(end, r.trained)
-            if self.max_length is None or len(tokens) <= self.max_length:
-                self._check_stop(r, tokens, end, mask, first_index + i)
+            num_unaligned += not aligned
             mask = mask[: self.max_length]
             if mask.any():
                 kept_tokens.append(np.asarray(tokens[: self.max_length], np.int32))
@@ -73,12 +71,37 @@ class RowEncoder:
             num_unaligned=num_unaligned,
         )
 
-    def _render(self, row: Row, index: int) -> Rendered:
+    def _read(self, rows: Sequence[Row], first_index: int) -> Iterator[tuple[list[int], np.ndarray, bool]]:
+        """Tokens and mask of rows that are tokens already."""
+        num_tokens = max(self.tokenizer.get_vocab().values()) + 1
+        for i, row in enumerate(rows):
+            with self._row_errors(first_index + i):
+                tokens, mask = read_tokens(row, self.row_format, num_tokens)
+            yield tokens, mask, True
+
+    def _write(self, rows: Sequence[Row], first_index: int) -> Iterator[tuple[list[int], np.ndarray, bool]]:
+        """Tokens and mask of each row, and whether it begins with its prompt's tokens."""
+        rendered = []
+        for i, row in enumerate(rows):
+            with self._row_errors(first_index + i):
+                rendered.append(render(row, self.row_format, self.tokenizer))
+        token_lists, ends = self._tokenise([r.text for r in rendered])
+        prompts = self._prompt_tokens(rendered)
+        for i, (r, tokens, end, prompt) in enumerate(zip(rendered, token_lists, ends, prompts, strict=True)):
+            mask = trained_tokens(end, r.trained)
+            if self.max_length is None or len(tokens) <= self.max_length:
+                self._check_stop(r, tokens, end, mask, first_index + i)
+            yield tokens, mask, tokens[: len(prompt)] == prompt
+
+    @contextlib.contextmanager
+    def _row_errors(self, index: int) -> Iterator[None]:
+        """Turns a RowError into the UserError that names the row."""
         try:
-            return render(row, self.row_format, self.tokenizer)
+            yield
         except RowError as error:
             columns = " and ".join(self.row_format.columns)
-            raise need("dataset_name", f"{columns} that can be written out", f"row {index}", str(error)) from error
+            rule = f"{columns} that can be {'read' if self.row_format.kind == 'tokens' else 'written out'}"
+            raise need("dataset_name", rule, f"row {index}", str(error)) from error
 
     def _check_stop(self, r: Rendered, tokens: list[int], ends: np.ndarray, mask: np.ndarray, index: int) -> None:
         """Raise UserError when a whole row does not train the token that says when to stop.

@@ -1,7 +1,8 @@
 """Which columns of a dataset hold the training text, and in what form.
 
-Three formats, as in TRL: `messages` (a conversation), `prompt` + `completion` (two strings, or two conversations) and
-`text`.
+As in TRL: `input_ids` (tokens already), `messages` or ShareGPT's `conversations` (a conversation), `prompt` +
+`completion` (two strings, or two conversations) and `text`. Beside conversations, `tools` and `chat_template_kwargs` go
+to the chat template; beside tokens, `labels`, `completion_mask` and `assistant_masks` say what is trained on.
 """
 
 import dataclasses
@@ -14,12 +15,16 @@ import datasets
 from r1jax.config.data import DataConfig
 from r1jax.config.errors import need
 from r1jax.config.masks import MaskConfig
+from r1jax.data.messages import is_conversation
 from r1jax.data.sources import require_columns
 
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
-Kind = Literal["messages", "prompt_completion", "text"]
+Kind = Literal["tokens", "messages", "prompt_completion", "text"]
+
+TOKENS, TOOLS, TEMPLATE_KWARGS = "input_ids", "tools", "chat_template_kwargs"
+TOKEN_MASKS = ("labels", "completion_mask", "assistant_masks")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +40,26 @@ class RowFormat:
     """Loss on the completion alone; otherwise on every token but the first."""
     assistant_only: bool = False
     """Loss on what the assistant says alone; with completion_only, on what it says in the completion."""
+    template_columns: tuple[str, ...] = ()
+    """Those of `tools` and `chat_template_kwargs` that are there, for conversations."""
+    mask_columns: tuple[str, ...] = ()
+    """Masks that come with tokens, all of which must hold."""
+
+    @property
+    def all_columns(self) -> list[str]:
+        """Every column that is read."""
+        return [*self.columns, *self.template_columns, *self.mask_columns]
 
 
 def detect_format(rows: datasets.Dataset, config: DataConfig, masks: MaskConfig) -> RowFormat:
-    """The format of a dataset, decided by its columns: messages, else prompt and completion, else text.
+    """The format of a dataset, decided by its columns: tokens, else messages, else prompt and completion, else text.
 
     A column key that is not at its default asks for that format, so it goes before the others and its column must
     be there. `completion_only_loss` None means yes for prompt and completion, no for the rest.
     """
     kind, columns = _named_columns(rows, config) or _first_present(rows)
+    if kind == "tokens":
+        return _tokens_format(rows, masks)
     if masks.completion_only_loss and kind != "prompt_completion":
         raise need(
             "completion_only_loss",
@@ -51,19 +67,39 @@ def detect_format(rows: datasets.Dataset, config: DataConfig, masks: MaskConfig)
             f"rows of {kind}",
             "remove the key, or name the columns with dataset_prompt_column and dataset_completion_column",
         )
-    row_format = RowFormat(
+    conversational = _is_conversational(rows[0], kind, columns)
+    if masks.assistant_only_loss and not conversational:
+        got = f"strings in {' and '.join(columns)}"
+        advice = "remove the key, or write the rows as conversations"
+        raise need("assistant_only_loss", "rows of messages with roles", got, advice)
+    logger.info("training on %s of the rows", " and ".join(columns))
+    extra = tuple(name for name in (TOOLS, TEMPLATE_KWARGS) if conversational and name in rows.column_names)
+    return RowFormat(
         kind=kind,
         columns=columns,
-        conversational=_is_conversational(rows[0], kind, columns),
+        conversational=conversational,
         completion_only=kind == "prompt_completion" and masks.completion_only_loss is not False,
         assistant_only=masks.assistant_only_loss,
+        template_columns=extra,
     )
-    if masks.assistant_only_loss and not row_format.conversational:
-        rule = "rows of messages with roles"
-        got = f"strings in {' and '.join(columns)}"
-        raise need("assistant_only_loss", rule, got, "remove the key, or write the rows as conversations")
-    logger.info("training on %s of the rows", " and ".join(columns))
-    return row_format
+
+
+def _tokens_format(rows: datasets.Dataset, masks: MaskConfig) -> RowFormat:
+    """Tokens with the masks beside them; one that a key asks for must be there, one that is refused is not read."""
+    found = [name for name in TOKEN_MASKS if name in rows.column_names]
+    for key, wanted, accepted in (
+        ("completion_only_loss", masks.completion_only_loss, ("labels", "completion_mask")),
+        ("assistant_only_loss", masks.assistant_only_loss, ("labels", "assistant_masks")),
+    ):
+        if wanted and not set(accepted) & set(found):
+            got = f"the columns {', '.join(rows.column_names)}"
+            raise need(key, f"{' or '.join(accepted)} beside {TOKENS}", got, "add the column, or remove the key")
+    if masks.completion_only_loss is False:
+        found = [name for name in found if name != "completion_mask"]
+    logger.info("training on %s of the rows%s", TOKENS, f", where {' and '.join(found)} say so" if found else "")
+    return RowFormat(
+        kind="tokens", columns=(TOKENS,), conversational=False, completion_only=False, mask_columns=tuple(found)
+    )
 
 
 def _named_columns(rows: datasets.Dataset, config: DataConfig) -> tuple[Kind, tuple[str, ...]] | None:
@@ -80,7 +116,9 @@ def _named_columns(rows: datasets.Dataset, config: DataConfig) -> tuple[Kind, tu
 
 def _first_present(rows: datasets.Dataset) -> tuple[Kind, tuple[str, ...]]:
     candidates: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+        ("tokens", (TOKENS,)),
         ("messages", ("messages",)),
+        ("messages", ("conversations",)),
         ("prompt_completion", (DataConfig.dataset_prompt_column, DataConfig.dataset_completion_column)),
         ("text", (DataConfig.dataset_text_field,)),
     )
@@ -89,7 +127,7 @@ def _first_present(rows: datasets.Dataset) -> tuple[Kind, tuple[str, ...]]:
             return kind, columns
     raise need(
         "dataset_name",
-        "a column messages, or prompt and completion, or text",
+        "a column messages (or conversations), or prompt and completion, or text, or input_ids",
         f"the columns {', '.join(rows.column_names)}",
         "name yours with dataset_prompt_column and dataset_completion_column, or dataset_text_field",
     )
@@ -102,19 +140,15 @@ def _is_conversational(row: Row, kind: Kind, columns: tuple[str, ...]) -> bool:
     if len(set(kinds)) > 1 or kinds[0] not in allowed:
         rule = f"a {' or a '.join(allowed)} in {' and '.join(columns)}"
         got = " and ".join(f"{found} in {column}" for column, found in zip(columns, kinds, strict=True))
-        advice = "a conversation is a list of messages with role and content; both columns hold the same"
+        advice = "a conversation is a list of messages with role and content (or from and value); columns hold the same"
         raise need("dataset_name", rule, f"{got} (row 0)", advice)
     return kinds[0] == "conversation"
 
 
 def value_kind(value: object) -> str:
-    """ "string", "conversation" (messages with role and content, at least one), or the name of what else it is."""
+    """ "string", "conversation" (a list of messages, at least one), or the name of what else it is."""
     if isinstance(value, str):
         return "string"
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-    ):
+    if is_conversation(value):
         return "conversation"
     return "nothing" if value is None else f"a {type(value).__name__} that is neither"

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from r1jax.data.formats import Row, RowFormat, value_kind
-from r1jax.data.templates import Message, RowError, apply_template
+from r1jax.data.formats import TEMPLATE_KWARGS, TOOLS, Row, RowFormat, value_kind
+from r1jax.data.messages import Message, RowError, read_messages, read_template_kwargs, read_tools
+from r1jax.data.templates import apply_template
 from r1jax.data.turns import Write, answer_spans, common_length
 
 
@@ -39,8 +40,14 @@ def render(row: Row, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase) 
         text, prompt = _end_with_eos("".join(values), tokenizer), values[0]
         start = len(prompt) if row_format.completion_only else 0
         return Rendered(text=text, trained=((start, len(text)),), prompt=prompt if row_format.completion_only else None)
+    values = [read_messages(value) for value in values]
     messages = [message for value in values for message in value]
-    write = functools.partial(apply_template, tokenizer)
+    tools, variables = (
+        row.get(name) if name in row_format.template_columns else None for name in (TOOLS, TEMPLATE_KWARGS)
+    )
+    write = functools.partial(
+        apply_template, tokenizer, tools=read_tools(tools), variables=read_template_kwargs(variables)
+    )
     text = write(messages)
     trained = ((0, len(text)),)
     if row_format.assistant_only:

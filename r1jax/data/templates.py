@@ -5,6 +5,7 @@ what the model learns to stop with, and what samplers wait for.
 """
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from r1jax.config.errors import need
 from r1jax.data.formats import RowFormat
+from r1jax.data.messages import Message, RowError
 
 CHATML_START, CHATML_END = "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -24,12 +26,6 @@ CHATML = (
 
 MARK = "\ue000"
 """Stands for words in conversations that are rendered to see what a template does; of Unicode's private use area."""
-
-Message = dict[str, Any]
-
-
-class RowError(Exception):
-    """A row that cannot be rendered; the text says why, who catches it knows which row."""
 
 
 def prepare_tokenizer(
@@ -88,13 +84,15 @@ def with_chatml(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, row_format: RowFormat) -> str:
-    """The EOS token, which ends what is trained on, for rows of this format.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, row_format: RowFormat) -> str | None:
+    """The EOS token, which ends what is trained on, for rows of this format; None where they are tokens already.
 
     Raises UserError if there is none, if the tokenizer does not read its text as that token, or if it is not what the
     chat template ends the assistant's turns with.
     """
     eos = tokenizer.eos_token
+    if row_format.kind == "tokens":
+        return None
     if row_format.conversational:
         ending = end_of_turn(tokenizer)
         if ending != eos:
@@ -136,20 +134,20 @@ def apply_template(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     *,
+    tools: list[Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
 ) -> str:
-    """The conversation as the chat template writes it; raises RowError when it refuses."""
-    if mute := [m["role"] for m in messages if m["content"] is None and not m.get("tool_calls")]:
-        raise RowError(f"need text in every message, got none from the {mute[0]}")
-    # Arrow gives every message every key that any message has; templates ask whether a key is there.
-    messages = [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
+    """The conversation as the chat template writes it with these tools and variables; raises RowError if it refuses."""
     try:
         text = tokenizer.apply_chat_template(
             messages,
+            tools=tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            **(variables or {}),
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise RowError(f"the chat template refuses it: {error}") from error

@@ -25,7 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from r1jax.config.errors import need
-from r1jax.data import encoding, formats, templates
+from r1jax.data import encoding, formats, messages, pretokenised, rendering, templates, turns
 from r1jax.data.encoding import EncodedRows, RowEncoder
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ SCHEMA = 1
 DTYPES = {"tokens": np.int32, "loss_mask": np.bool_, "lengths": np.int32, "loss_tokens": np.int32}
 COUNTS = tuple(field.name for field in dataclasses.fields(EncodedRows) if field.name.startswith("num_"))
 _BLOCK = 1 << 20
+_MADE_BY = (encoding, formats, messages, pretokenised, rendering, templates, turns)
+"""The code that decides which tokens a row has: a change of it makes other rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ def cache_key(rows: datasets.Dataset, encoder: RowEncoder) -> str:
     parts += [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map]
     parts += [repr(getattr(encoder, f.name)) for f in dataclasses.fields(encoder) if f.name != "tokenizer"]
     parts += [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
-    parts += [Path(str(module.__file__)).read_text() for module in (encoding, formats, templates)]
+    parts += [Path(str(module.__file__)).read_text() for module in _MADE_BY]
     parts += [len(rows), rows._fingerprint]  # of their source files and of what was done to them since
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -123,7 +123,7 @@ def _encode_chunks(
 
 
 def _encode_chunk(rows: datasets.Dataset, encoder: RowEncoder, start: int, stop: int) -> EncodedRows:
-    columns = rows.select_columns(list(encoder.row_format.columns))[start:stop]
+    columns = rows.select_columns(encoder.row_format.all_columns)[start:stop]
     return encoder.encode(
         [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], start
     )

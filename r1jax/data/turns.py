@@ -9,7 +9,8 @@ import os.path
 import re
 from collections.abc import Callable
 
-from r1jax.data.templates import MARK, Message, RowError
+from r1jax.data.messages import Message, RowError
+from r1jax.data.templates import MARK
 
 Write = Callable[..., str]
 """write(messages, add_generation_prompt=False): the conversation as text; raises RowError."""

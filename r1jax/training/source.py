@@ -61,15 +61,19 @@ def read_source(config: RunConfig) -> Source:
     )
 
 
-def ready_for(source: Source, row_formats: Sequence[RowFormat]) -> Source:
+def ready_for(config: RunConfig, source: Source, row_formats: Sequence[RowFormat]) -> Source:
     """The source able to write and end rows of these formats; raises UserError where it is not.
 
     Conversations need a chat template: a tokenizer without one gets ChatML and its two tokens, as in open-r1, and the
     decoder room for them where the vocabulary has none left.
     """
     if any(row_format.conversational for row_format in row_formats) and not source.tokenizer.chat_template:
+        if config.model.eos_token not in (None, CHATML_END):
+            rule = f"{CHATML_END}, as the model has no chat template and conversations are written as ChatML"
+            raise need("eos_token", rule, str(config.model.eos_token), "remove the key, or set chat_template too")
         source = _with_chatml(source)
-    for ending in dict.fromkeys(check_tokenizer(source.tokenizer, row_format) for row_format in row_formats):
+    endings = dict.fromkeys(check_tokenizer(source.tokenizer, row_format) for row_format in row_formats)
+    for ending in filter(None, endings):
         logger.info("%s (token %d) ends what the model writes", ending, source.tokenizer.convert_tokens_to_ids(ending))
     return source
 

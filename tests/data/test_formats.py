@@ -25,6 +25,20 @@ def test_columns_decide_and_messages_go_first():
         del row[columns[0]]
 
 
+def test_sharegpt_conversations_tools_and_template_variables():
+    row = {"conversations": [{"from": "human", "value": "x"}], "tools": "[]", "chat_template_kwargs": {"a": 1}}
+    found = detect(row)
+    assert (found.kind, found.columns, found.conversational) == ("messages", ("conversations",), True)
+    assert found.all_columns == ["conversations", "tools", "chat_template_kwargs"]
+    assert detect({"text": "a", "tools": "[]"}).all_columns == ["text"]
+
+
+def test_tokens_go_before_all_else():
+    row = {"messages": MESSAGES, "input_ids": [1], "labels": [1], "assistant_masks": [1]}
+    found = detect(row)
+    assert (found.kind, found.all_columns) == ("tokens", ["input_ids", "labels", "assistant_masks"])
+
+
 def test_named_columns_go_before_those_found():
     row = {"messages": MESSAGES, "question": "a", "answer": "b", "body": "c"}
     found = detect(row, dataset_prompt_column="question", dataset_completion_column="answer")
@@ -71,7 +85,7 @@ def test_assistant_only_loss_needs_conversations():
         ),
         ({"messages": "x"}, {}, "^dataset_name: need a conversation in messages, got string in messages"),
         ({"text": MESSAGES}, {}, "^dataset_name: need a string in text, got conversation in text"),
-        ({"messages": [{"from": "a", "value": "b"}]}, {}, "^dataset_name: .*a list that is neither in messages"),
+        ({"messages": [{"name": "a", "value": "b"}]}, {}, "^dataset_name: .*a list that is neither in messages"),
     ],
 )
 def test_errors(row, keys, message):

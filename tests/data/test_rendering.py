@@ -1,8 +1,10 @@
+import dataclasses
+
 import pytest
 
 from r1jax.data.formats import RowFormat
+from r1jax.data.messages import RowError
 from r1jax.data.rendering import render
-from r1jax.data.templates import RowError
 
 MESSAGES = RowFormat(kind="messages", columns=("messages",), conversational=True, completion_only=False)
 TEXT = RowFormat(kind="text", columns=("text",), conversational=False, completion_only=False)
@@ -86,3 +88,26 @@ def test_row_that_the_template_refuses(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(RowError, match="the chat template refuses it: roles must alternate"):
         render({"messages": [say("user", "hi")]}, MESSAGES, tokenizer)
+
+
+def test_sharegpt_rows_are_written_like_messages(tokenizer):
+    sharegpt = dataclasses.replace(MESSAGES, columns=("conversations",))
+    row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}
+    same = {"messages": [say("user", "hi"), say("assistant", "yes")]}
+    assert render(row, sharegpt, tokenizer) == render(same, MESSAGES, tokenizer)
+
+
+def test_tools_and_variables_reach_the_template_for_text_prompt_and_answers(tokenizer):
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t.name }}:{% endfor %}{{ mood }}\n" + tokenizer.chat_template
+    )
+    both = {"template_columns": ("tools", "chat_template_kwargs"), "assistant_only": True}
+    row_format = dataclasses.replace(pair(conversational=True), **both)
+    row = {"prompt": [say("user", "hi")], "completion": [say("assistant", "yes")]}
+    row |= {"tools": '[{"name": "add"}]', "chat_template_kwargs": {"mood": "a"}}
+    rendered = render(row, row_format, tokenizer)
+    assert rendered.prompt == "add:a\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered.text == rendered.prompt + "yes<|im_end|>\n"
+    assert trained_text(rendered) == "yes<|im_end|>"
+    # Columns that the format does not name are not read.
+    assert render(row, pair(conversational=True), tokenizer).text.startswith("\n<|im_start|>")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -202,3 +203,15 @@ def test_four_processes_get_one_plan_and_one_of_them_tokenises(rows, tokenizer, 
     assert len(list(tmp_path.glob("tokenised-by-*"))) == 1
     alone = tokenise(rows, make_encoder(tokenizer))
     assert plans == {plan_of(alone)}
+
+
+def test_the_key_covers_all_code_that_makes_tokens():
+    """Everything of r1jax.data that the encoder imports, directly or not, but how rows are read."""
+    found, waiting = set(), ["encoding"]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            text = (Path(token_store.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+            waiting += re.findall(r"^from r1jax\.data\.(\w+) import", text, re.MULTILINE)
+    assert found - {"sources", "mixture"} == {module.__name__.rpartition(".")[2] for module in token_store._MADE_BY}

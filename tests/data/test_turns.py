@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from r1jax.data.encoding import RowEncoder
 from r1jax.data.formats import RowFormat
+from r1jax.data.messages import RowError, read_messages
 from r1jax.data.rendering import render
-from r1jax.data.templates import RowError, apply_template
+from r1jax.data.templates import apply_template
 
 TEMPLATES = Path(__file__).parent / "templates"
 BEGIN = "<s>"
@@ -182,7 +183,7 @@ def test_spans_are_those_marked_by_hand(case):
     row = {"messages": conversation(turns)}
     assert marked(tokenizer, row, MESSAGES) == (expected, expected)
     # What is not marked is the template's own text.
-    assert re.sub("[«»]", "", expected) == apply_template(tokenizer, row["messages"])
+    assert re.sub("[«»]", "", expected) == apply_template(tokenizer, read_messages(row["messages"]))
 
 
 def test_with_completion_only_the_answers_of_the_completion_are_trained():
