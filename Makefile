@@ -1,7 +1,7 @@
 # Every target works on a fresh clone: it makes .venv and installs what it needs first. A second call installs nothing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-real lint format bench clean
+.PHONY: help quickstart test test-real test-aot aot-table lint format bench clean
 
 # The best Python that really starts and can make environments (a version manager's shim may exist and do neither).
 PYTHON ?= $(shell for candidate in python3.12 python3.13 python3.11 python3; do \
@@ -14,6 +14,7 @@ help:
 	@echo "make quickstart   train the built-in example on this machine's CPU, from nothing to an exported model"
 	@echo "make test         format, lint, types, tests"
 	@echo "make test-real    a real pretrained model on real data (needs R1JAX_TEST_ASSETS)"
+	@echo "make test-aot     ZeRO's collectives and memory, compiled for TPUs on this CPU (an environment of its own)"
 	@echo "make lint | format | bench | clean"
 
 .venv/pyvenv.cfg:
@@ -53,8 +54,23 @@ $(SMOLLM2): | .venv/.test
 test-real: .venv/.test $(SMOLLM2)
 	.venv/bin/python -m pytest -m real tests
 
+# An environment of its own: where libtpu is installed JAX takes the machine for one with TPUs.
+.venv-aot/.aot: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "PYTHON: need Python 3.11 or newer with venv, found none; call make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@test -e .venv-aot/pyvenv.cfg || $(PYTHON) -m venv .venv-aot
+	@echo "installing the TPU compiler (some minutes the first time)"
+	@.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[aot]'
+	@touch $@
+
+test-aot: .venv-aot/.aot
+	.venv-aot/bin/python -m pytest -m aot tests/aot
+
+# The tables of docs/zero.md.
+aot-table: .venv-aot/.aot
+	@.venv-aot/bin/python -m tests.aot.table
+
 bench: .venv/.test
 	.venv/bin/python -m bench.sft --resume
 
 clean:
-	rm -rf .venv .cache .jax_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-aot .cache .jax_cache .pytest_cache .ruff_cache build dist

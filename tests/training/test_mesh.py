@@ -32,14 +32,15 @@ UNSPLIT = 32 + 2 * (2 * 32 + 2 * 8)
 # What a device holds of (SPLIT, UNSPLIT): where nothing is split by ZeRO, of parameters at stage 3, of all else split.
 # With data groups, parameters are whole on each of them and moments are not.
 HELD = [
-    (FSDP, (1, 1), (1 / 8, 1 / 8), (1 / 8, 1 / 8)),
-    (DATA_FSDP, (1, 1), (1 / 4, 1 / 4), (1 / 8, 1 / 8)),
-    (FSDP_TENSOR, (1 / 2, 1), (1 / 8, 1 / 4), (1 / 8, 1 / 4)),
+    (FSDP, ((1, 1), (1 / 8, 1 / 8), (1 / 8, 1 / 8))),
+    (DATA_FSDP, ((1, 1), (1 / 4, 1 / 4), (1 / 8, 1 / 8))),
+    (FSDP_TENSOR, ((1 / 2, 1), (1 / 8, 1 / 4), (1 / 8, 1 / 4))),
 ]
 
 
-def promised(whole, split_parameters, split_state, stage: int) -> dict[str, float]:
+def promised(split, stage: int) -> dict[str, float]:
     """Bytes a device by what they are for: 4 a parameter, 4 its gradient, 8 its two moments."""
+    whole, split_parameters, split_state = split
     kinds = {
         "parameters": (4, split_parameters if stage >= 3 else whole),
         "gradients": (4, split_state if stage >= 2 else whole),
@@ -48,7 +49,7 @@ def promised(whole, split_parameters, split_state, stage: int) -> dict[str, floa
     return {name: size * (of[0] * SPLIT + of[1] * UNSPLIT) for name, (size, of) in kinds.items()}
 
 
-CASES = [(shape, stage, promised(*held, stage)) for shape, *held in HELD for stage in range(4)]
+CASES = [(shape, stage, promised(split, stage)) for shape, split in HELD for stage in range(4)]
 
 
 @dataclasses.dataclass(frozen=True)
