@@ -187,6 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """0 when it was measured."""
     options = parse(argv)
+    about = {"commit": commit(), "load_average": os.getloadavg()[0]}  # of the start: both may change under way
     with tempfile.TemporaryDirectory(prefix="r1jax-bench-") as folder:
         row = measure(options.rows, options.workers, Path(folder))
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     path = ROOT / "bench" / "results" / "data.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(row | settings | {"commit": commit(), "date": date}) + "\n")
+        file.write(json.dumps(row | settings | about | {"date": date}) + "\n")
     Console().print(results_table(row))
     return 0
 

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -63,8 +64,8 @@ def wrap(lengths: Integer[np.ndarray, " N"], capacity: int) -> list[list[int]]:
     ends = np.cumsum(lengths, dtype=np.int64)
     row_of = (ends - lengths) // capacity
     assert (row_of == (ends - 1) // capacity).all(), "sequences are cut at the ends of rows before they are wrapped"
-    first = np.flatnonzero(np.diff(row_of, prepend=-1))
-    return [part.tolist() for part in np.split(np.arange(len(lengths)), first[1:])]
+    first = np.flatnonzero(np.diff(row_of, prepend=-1)).tolist()
+    return [list(range(start, stop)) for start, stop in itertools.pairwise([*first, len(lengths)])]
 
 
 def bucket_length(length: int, max_length: int | None) -> int:

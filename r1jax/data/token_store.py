@@ -6,6 +6,7 @@ written beside its place and renamed when complete, so what lies in its place is
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -110,6 +111,11 @@ def write(folder: Path, chunks: Iterable[EncodedRows]) -> None:
             about = {name: file.finish() for name, file in files.items()}
         (part / "meta.json").write_text(json.dumps({"schema": SCHEMA, "counts": counts, "files": about}))
         _put_in_place(part, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = f"make room or set {VARIABLE} to another folder"
+        raise need(VARIABLE, "room for the tokenised rows", f"a full disk at {folder.parent}", advice) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -130,6 +131,19 @@ def test_remains_of_a_killed_writer_go_and_an_error_leaves_nothing(rows, tokeniz
         tokenise(bad, make_encoder(tokenizer))
     tokenise(rows, make_encoder(tokenizer))
     assert sorted(path.name for path in folder.parent.iterdir() if path.suffix != ".lock") == [folder.name]
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(rows, tokenizer, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_store.os, "fsync", full)
+    with pytest.raises(
+        ValueError, match=r"^R1JAX_CACHE: need room for the tokenised rows, got a full disk at .*; make"
+    ):
+        tokenise(rows, make_encoder(tokenizer))
+    folder = token_store.cache_folder(rows, make_encoder(tokenizer))
+    assert [path.suffix for path in folder.parent.iterdir()] == [".lock"]
 
 
 def test_folder_that_cannot_be_written(rows, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
