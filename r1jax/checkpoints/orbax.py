@@ -58,7 +58,7 @@ class Checkpoints:
         # Saved or restored here, so already what `save` would write; any other step is another run's past.
         self._ours: set[int] = set()
         self._saving = 0
-        self._read_only = self._cleaned = read_only
+        self._read_only, self._cleaned = read_only, False
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else save_total_limit,
             save_interval_steps=0 if read_only else 1,
@@ -74,12 +74,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def all_steps(self) -> list[int]:
-        """The complete checkpoints' steps, ascending."""
+        """The committed checkpoints' steps, ascending; what happened to them since is not looked at."""
         return sorted(self._manager.all_steps())
-
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step."""
-        return max(self.all_steps(), default=None)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> bool:
         """Whether a checkpoint was begun: False for a step that this object has saved or restored already.
@@ -197,12 +193,13 @@ class Checkpoints:
         self._empty_deleted()
 
     def _empty_deleted(self) -> None:
-        """Removes what was moved away; never while a save runs, whose end moves more."""
-        if jax.process_index() == 0 and not self._read_only:
+        """Removes what was moved away; never while a save runs, whose end moves more, nor before the first change."""
+        if self._cleaned and jax.process_index() == 0:
             shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
     def _clean(self) -> None:
         """Removes, once and before the first change, what a killed process left half-written or half-deleted."""
+        assert not self._read_only, "a reader changes nothing"
         if self._cleaned:
             return
         self._cleaned = True

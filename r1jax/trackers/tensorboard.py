@@ -63,13 +63,13 @@ def truncate_events(path: Path, start_step: int) -> None:
     if start_step == 0 or path.name.endswith(".tmp"):
         path.unlink()
         return
-    kept = [record for record in _records(path.read_bytes()) if _step(record) <= start_step]
+    kept = [record for record in records(path.read_bytes()) if _step(record) <= start_step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
 
 
-def _records(data: bytes) -> Iterator[bytes]:
+def records(data: bytes) -> Iterator[bytes]:
     """The whole records of an event file."""
     while len(data) >= _HEADER:
         end = _HEADER + struct.unpack("<Q", data[:8])[0] + _CHECKSUM

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from r1jax.checkpoints import integrity
 from r1jax.checkpoints.orbax import SCHEMA_VERSION, Checkpoints, locate
 from r1jax.config.errors import UserError
 
@@ -73,11 +74,11 @@ def test_state_restores_onto_another_mesh(checkpoints: Checkpoints, mesh: Mesh):
 
 
 def test_oldest_go_beyond_the_limit(checkpoints: Checkpoints, mesh: Mesh):
-    assert checkpoints.latest_step() is None
+    assert checkpoints.newest_whole() == (None, [])
     for step in (1, 2, 10):
         checkpoints.save(step, make_state(mesh), {})
     checkpoints.wait()
-    assert (checkpoints.all_steps(), checkpoints.latest_step()) == ([2, 10], 10)
+    assert (checkpoints.all_steps(), checkpoints.newest_whole()) == ([2, 10], (10, []))
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["10", "2"]
 
 
@@ -133,21 +134,41 @@ def test_parameters_restore_without_the_optimizer(checkpoints: Checkpoints, mesh
     reader.close()
 
 
-def test_what_a_killed_process_left_is_no_checkpoint(tmp_path: Path, mesh: Mesh):
+def test_what_a_killed_process_left_is_no_checkpoint_and_goes_with_the_first_change(tmp_path: Path, mesh: Mesh):
+    """Half-written or half-deleted; merely looking changes nothing."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(mesh), {})
     checkpoints.close()
-    unfinished = tmp_path / "2.orbax-checkpoint-tmp"
-    (unfinished / "state").mkdir(parents=True)
-    reader = Checkpoints(tmp_path, read_only=True)
-    assert reader.latest_step() == 1
-    reader.close()
-    assert unfinished.exists()
-    writer = Checkpoints(tmp_path)
-    assert writer.latest_step() == 1
-    writer.save(2, make_state(mesh), {})
-    writer.close()
+    for name in ("2.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp", ".deleted/3"):
+        (tmp_path / name / "state").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for read_only in (True, False):
+        opened = Checkpoints(tmp_path, read_only=read_only)
+        assert (opened.all_steps(), opened.newest_whole()) == ([1], (1, []))
+        opened.restore(1, abstract(make_state(mesh)))
+        assert sorted(tmp_path.rglob("*")) == before
+    opened.save(2, make_state(mesh), {})
+    opened.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_checkpoint_goes_only_after_its_successor_is_committed(tmp_path: Path, mesh: Mesh, monkeypatch, limit: int):
+    """What is there just before a commit, as a kill would leave it: as many as the limit, all of them whole."""
+    there, seal = [], integrity.seal
+
+    def look(folder: Path) -> None:
+        seal(folder)
+        steps = sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit())
+        there.append([step for step in steps if integrity.damage(tmp_path / step) is None])
+
+    monkeypatch.setattr(integrity, "seal", look)
+    checkpoints = Checkpoints(tmp_path, save_total_limit=limit)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, make_state(mesh), {})
+    checkpoints.close()
+    assert there == [[], ["1"], ["1", "2"][-limit:], ["2", "3"][-limit:]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"][-limit:]
 
 
 def _narrower(state: State) -> State:
