@@ -1,6 +1,7 @@
 """HF -> Orbax -> HF gives the same bits; what cannot be converted ends with exit code 2 and one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -124,3 +125,16 @@ def test_what_cannot_be_converted_is_refused(model: Path, tmp_path: Path, capsys
     assert refusal(capsys, model, tmp_path, "--to", "orbax").startswith("DST: need a directory without checkpoints")
     absent = refusal(capsys, tmp_path / "checkpoints" / "6", tmp_path / "out", "--to", "hf")
     assert absent.startswith("SRC: need a directory that exists")
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    save_run(model, tmp_path)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "5", folder / "6")
+    (folder / "6" / "metadata" / "metadata").write_text('{"schema_version": 1, "step": 6}')
+    line = refusal(capsys, tmp_path, tmp_path / "out", "--to", "hf")
+    assert line.startswith("SRC: need a run whose newest checkpoint is whole, got checkpoint 6 is damaged (metadata")
+    assert line.rstrip().endswith(f"name an earlier one: {folder / '5'}")
+    assert main([str(folder / "5"), str(tmp_path / "out"), "--to", "hf"]) == 0

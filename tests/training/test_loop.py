@@ -114,6 +114,13 @@ def test_evaluations_come_before_saving_and_are_logged(tmp_path):
     assert [(row["step"], "eval_loss" in row) for row in logged(tmp_path)] == [(3, True), (6, False), (6, True)]
 
 
+@pytest.mark.parametrize("evaluation", [None, 4])
+def test_the_last_step_is_evaluated_before_it_is_saved(tmp_path, evaluation):
+    """A run that is killed after its last checkpoint has nothing left to report."""
+    events, _ = counting_run(tmp_path, cadence(logging=None, evaluation=evaluation, saving=5), evaluate=True)
+    assert events[-2:] == ["evaluate", "save 6"] and events.count("evaluate") == (1 if evaluation is None else 2)
+
+
 @pytest.mark.parametrize(("saving", "saved"), [(4, ["save 4", "save 6"]), (3, ["save 3", "save 6"]), (None, [])])
 def test_the_end_is_saved_once_unless_nothing_is(tmp_path, saving, saved):
     events, _ = counting_run(tmp_path, cadence(saving=saving))
