@@ -253,7 +253,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(world: Path) -> None:
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
     loaded = load(["--config", str(whole)]).config
-    plan = sft.read_rows(loaded, read_source(loaded), 8)[0].plan
+    plan = sft.tokenise_splits(loaded, read_source(loaded), sft.load_splits(loaded), 8)[0].plan
     rows = [[row for row in metrics(world / name) if "loss" in row] for name in ("stayed", "moved")]
     seen = np.cumsum([plan.step(step).num_tokens for step in range(12)]).tolist()
     assert [[row["num_tokens"] for row in part] for part in rows] == [seen, seen]

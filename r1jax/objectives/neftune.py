@@ -1,6 +1,7 @@
 """NEFTune: uniform noise on the embeddings of the tokens that are trained on (Jain et al. 2023)."""
 # JAX's own annotations are partly unknown to a strict checker.
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 
 import jax
 import jax.numpy as jnp

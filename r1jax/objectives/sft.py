@@ -46,10 +46,11 @@ def make_nll(
 
     def nll(params: Any, batch: PackedBatch, key: Array | None = None) -> tuple[Float[Array, ""], dict[str, Array]]:
         params = prepare(params, jnp.dtype(dtype), constrain)
-        noisy = key is not None and neftune_noise_alpha > 0
 
         def perturb(embedded: Array) -> Array:
-            return neftune(embedded, batch.layout, neftune_noise_alpha, key) if noisy else embedded
+            if key is None or neftune_noise_alpha == 0:
+                return embedded
+            return neftune(embedded, batch.layout, neftune_noise_alpha, key)
 
         hidden = forward(
             params,

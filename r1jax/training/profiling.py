@@ -1,7 +1,7 @@
 """A profiler trace of chosen steps, for TensorBoard's profile plugin, XProf or Perfetto."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -20,7 +20,7 @@ class _Numbered(Protocol):
 Input = TypeVar("Input", bound=_Numbered)
 
 
-def profiled(inputs: Iterator[Input], steps: tuple[int, int] | None, folder: Path) -> Iterator[Input]:
+def profiled(inputs: Iterator[Input], steps: tuple[int, int] | None, folder: Path) -> Generator[Input, None, None]:
     """The inputs, unchanged; a trace of steps first..last (the first update is 1) is written into folder meanwhile.
 
     The trace ends when the input after the next is asked for: the loop has then read the last step's metrics, so its

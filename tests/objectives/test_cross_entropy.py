@@ -147,7 +147,8 @@ def test_weights_times_probability(chunk):
     expected = -(weights * probabilities * scaled[0]).sum()
 
     def dft(hidden, kernel):
-        return weighted_nll(hidden, kernel, *map(jnp.asarray, (targets, weights)), chunk, by_probability=True)[0]
+        given = jnp.asarray(targets), jnp.asarray(weights)
+        return weighted_nll(hidden, kernel, *given, chunk, by_probability=True)[0]
 
     arrays = jnp.asarray(hidden), jnp.asarray(kernel)
     np.testing.assert_allclose(jax.jit(dft)(*arrays), expected, rtol=1e-6)
