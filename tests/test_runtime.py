@@ -17,11 +17,13 @@ step = jax.jit(lambda x: jnp.sin(x @ x.T).sum())  # 64 MiB of temporary memory
 x = jnp.ones((4096, 16))
 for _ in range(8):  # until the heap has grown to what a step needs
     step(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+faults = []
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(json.dumps({
-    "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before,
+    "faults": sorted(faults)[4],  # the heap may still grow in one of them
     "precision": jax.config.values["jax_default_matmul_precision"],
     "cache": jax.config.values["jax_compilation_cache_dir"],
 }))
@@ -49,5 +51,5 @@ def test_the_environment_names_the_compilation_cache(tmp_path):
 @pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="only glibc's malloc can be told")
 def test_temporary_memory_is_kept_between_steps():
     """64 MiB are 16384 pages a step: all of them are fresh in the plain process, next to none after configure."""
-    assert measure("plain")["faults"] > 3 * 10_000
-    assert measure()["faults"] < 3 * 1_000
+    assert measure("plain")["faults"] > 10_000
+    assert measure()["faults"] < 1_000
