@@ -5,9 +5,11 @@ F hidden of the MLP, V vocabulary, L layers, A micro-batches of an optimizer ste
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 # numpy on the host, jax on a device, ShapeDtypeStruct or a sharding in abstract trees: all of them are leaves here.
 Leaf = Any
@@ -39,8 +41,70 @@ class PackedBatch:
     """int32: 1 means "train on this token", the token itself being the target; 0 on each document's first token."""
     loss_weight: Leaf
     """float32: weight of the token's loss in the whole optimizer step, so that device code only ever sums."""
+    advantages: Leaf | None = None
+    """GRPO: float32, that of the token's completion."""
+    sampler_logprobs: Leaf | None = None
+    """GRPO: float32 log-probability of the token when it was sampled, at the temperature; 0 where loss_mask is 0."""
+    old_logprobs: Leaf | None = None
+    """GRPO: float32, the trainer's own log-probability of the token before the first update on it; None: not yet
+    updated on, so that of the policy as it is."""
+    ref_logprobs: Leaf | None = None
+    """GRPO: float32 log-probability under the reference; None without one."""
+    max_segments: int = dataclasses.field(default=0, metadata={"static": True})
+    """At least the documents of any row, for sums over each; 0 where nobody needs them."""
 
     @property
     def layout(self) -> Layout:
         """The part that attention reads."""
         return Layout(segment_ids=self.segment_ids, positions=self.positions)
+
+
+class Turn(NamedTuple):
+    """A stretch of a rollout that the policy wrote in one go."""
+
+    start: int
+    stop: int
+    """Tokens [start, stop) of the rollout."""
+    finish_reason: Literal["stop", "length"]
+    """Whether a stop id ended it, or the limit of tokens."""
+
+
+class VersionSpan(NamedTuple):
+    """A stretch of a rollout that one version of the weights wrote."""
+
+    start: int
+    stop: int
+    version: int
+    """Optimizer steps done when these weights were taken."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled episode as a single stream of tokens, on the host; prompt and completion are the case of one turn."""
+
+    prompt_id: int
+    """Names the prompt among all prompts of the run."""
+    sample: int
+    """Number of the sample among those of its prompt."""
+    tokens: np.ndarray
+    """int32 [T]: what the policy read and wrote."""
+    action_mask: np.ndarray
+    """int32 [T]: 1 on the tokens that the policy wrote."""
+    logprobs: np.ndarray
+    """float32 [T]: log-probability of each action under the distribution it was drawn from; 0 elsewhere."""
+    policy_logprobs: np.ndarray
+    """float32 [T]: the same at the sampling temperature alone, before top_p, top_k, min_p and repetition_penalty."""
+    versions: tuple[VersionSpan, ...]
+    turns: tuple[Turn, ...]
+    state: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """What an environment keeps of the episode."""
+
+    @property
+    def num_actions(self) -> int:
+        """Tokens that the policy wrote."""
+        return int(self.action_mask.sum())
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the episode ended for want of room, not by a stop id."""
+        return self.turns[-1].finish_reason == "length"

@@ -88,13 +88,13 @@ def run(config: RunConfig) -> None:
 
 def load_splits(config: RunConfig) -> dict[str, Split]:
     """The rows to train on, and to test on where evaluation is asked for, as they were written."""
-    evaluates = config.evaluation.do_eval or config.evaluation.eval_strategy != "no"
+    evaluates = config.reporting.do_eval or config.reporting.eval_strategy != "no"
     loaded = {
         which: load_split(config.data, which, config.mixture)
         for which in (("train", "test") if evaluates else ("train",))
     }
     return {
-        which: Split(rows=rows, row_format=detect_format(rows, config.data, config.masks))
+        which: Split(rows=rows, row_format=detect_format(rows, config.data, config.objective))
         for which, rows in loaded.items()
     }
 
@@ -103,7 +103,7 @@ def tokenise_splits(
     config: RunConfig, source: Source, splits: dict[str, Split], shards: int
 ) -> tuple[Rows, Rows | None]:
     """The rows to train on and those held out (None where no evaluation is asked for)."""
-    batch, evaluation = config.batch, config.evaluation
+    batch, reporting = config.batch, config.reporting
 
     def rows(split: Split, packing: bool, **plan: Any) -> Rows:
         max_length, strategy = config.data.max_length, config.data.packing_strategy
@@ -128,7 +128,7 @@ def tokenise_splits(
     )
     if "test" not in splits:
         return train, None
-    packing = config.data.packing if evaluation.eval_packing is None else evaluation.eval_packing
+    packing = config.data.packing if reporting.eval_packing is None else reporting.eval_packing
     per_batch = batch.per_device_eval_batch_size * shards
     held_out = rows(splits["test"], packing, rows_per_micro_batch=per_batch, max_micro_batches=1, shuffle=False)
     return train, held_out
@@ -210,7 +210,7 @@ def train_model(
         }
         checkpoints.save(done, tree, about)
 
-    if config.evaluation.eval_on_start and held_out is not None and int(state.step) == 0:
+    if config.reporting.eval_on_start and held_out is not None and int(state.step) == 0:
         recorder.emit(0, measure(state))
     return loop.run(
         state,

@@ -1,4 +1,4 @@
-"""What is minimised, in both tasks."""
+"""What is minimised, in both tasks, and on which tokens."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +17,12 @@ class ObjectiveConfig:
 
     neftune_noise_alpha: float | None = None
     """sft: scale of uniform noise on the embeddings while training (NEFTune); null means none."""
+
+    completion_only_loss: bool | None = None
+    """sft: train on completions only; null: true for prompt/completion rows, false for others."""
+
+    assistant_only_loss: bool = False
+    """sft: train on what the assistant says in conversations; with completion_only_loss, on both masks' common part."""
 
     def __post_init__(self) -> None:
         at_least("neftune_noise_alpha", self.neftune_noise_alpha, 0, "5 is usual; remove the key for no noise")

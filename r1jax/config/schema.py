@@ -12,19 +12,17 @@ from r1jax.config.batch import BatchConfig
 from r1jax.config.checkpoint import CheckpointConfig
 from r1jax.config.data import DataConfig
 from r1jax.config.errors import need, require, shown
-from r1jax.config.evaluation import EvaluationConfig
 from r1jax.config.geometry import check_generation_batch
 from r1jax.config.grpo import GrpoConfig
-from r1jax.config.masks import MaskConfig
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.mixture import MixtureConfig, check_source, has_test_rows
 from r1jax.config.model import ModelConfig
 from r1jax.config.objective import ObjectiveConfig
 from r1jax.config.optimizer import OptimizerConfig
+from r1jax.config.reporting import ReportingConfig
 from r1jax.config.rewards import CodeRewardsConfig, RewardsConfig
 from r1jax.config.run import RunSettings
 from r1jax.config.sampling import SamplingConfig
-from r1jax.config.tracking import LoggingConfig
 from r1jax.config.vllm import VllmConfig
 
 
@@ -42,14 +40,11 @@ class RunConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """Several datasets as one."""
 
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    """Which tokens are trained on."""
-
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Sequences in a step, steps in the run."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """What is minimised."""
+    """What is minimised, on which tokens."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and the schedule."""
@@ -57,14 +52,11 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices and what is sharded over them."""
 
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """When held-out rows are evaluated."""
-
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run is saved."""
 
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Metrics and trackers."""
+    reporting: ReportingConfig = field(default_factory=ReportingConfig)
+    """Evaluation, metrics and trackers."""
 
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     """GRPO: the objective."""
@@ -89,7 +81,7 @@ class RunConfig:
             check_generation_batch(self.batch, self.sampling, self.mesh.data_shards)
 
     def _check_evaluation(self) -> None:
-        if not (self.evaluation.do_eval or self.evaluation.eval_strategy != "no"):
+        if not (self.reporting.do_eval or self.reporting.eval_strategy != "no"):
             return
         if not has_test_rows(self.data, self.mixture):
             raise need(
@@ -99,7 +91,7 @@ class RunConfig:
                 "name one, or set eval_strategy: 'no' and do_eval: false",
             )
         # a row of the packing plan has max_length tokens
-        bounded = not self.evaluation.eval_packing or self.data.max_length is not None
+        bounded = not self.reporting.eval_packing or self.data.max_length is not None
         require(bounded, "max_length", "a number when eval_packing is true", self.data.max_length, "set max_length")
 
 

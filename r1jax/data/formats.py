@@ -14,7 +14,7 @@ import datasets
 
 from r1jax.config.data import DataConfig
 from r1jax.config.errors import need
-from r1jax.config.masks import MaskConfig
+from r1jax.config.objective import ObjectiveConfig
 from r1jax.data.messages import is_conversation
 from r1jax.data.sources import require_columns
 
@@ -51,7 +51,7 @@ class RowFormat:
         return [*self.columns, *self.template_columns, *self.mask_columns]
 
 
-def detect_format(rows: datasets.Dataset, config: DataConfig, masks: MaskConfig) -> RowFormat:
+def detect_format(rows: datasets.Dataset, config: DataConfig, objective: ObjectiveConfig) -> RowFormat:
     """The format of a dataset, decided by its columns: tokens, else messages, else prompt and completion, else text.
 
     A column key that is not at its default asks for that format, so it goes before the others and its column must
@@ -59,8 +59,8 @@ def detect_format(rows: datasets.Dataset, config: DataConfig, masks: MaskConfig)
     """
     kind, columns = _named_columns(rows, config) or _first_present(rows)
     if kind == "tokens":
-        return _tokens_format(rows, masks)
-    if masks.completion_only_loss and kind != "prompt_completion":
+        return _tokens_format(rows, objective)
+    if objective.completion_only_loss and kind != "prompt_completion":
         raise need(
             "completion_only_loss",
             "rows of prompt and completion",
@@ -68,7 +68,7 @@ def detect_format(rows: datasets.Dataset, config: DataConfig, masks: MaskConfig)
             "remove the key, or name the columns with dataset_prompt_column and dataset_completion_column",
         )
     conversational = _is_conversational(rows[0], kind, columns)
-    if masks.assistant_only_loss and not conversational:
+    if objective.assistant_only_loss and not conversational:
         got = f"strings in {' and '.join(columns)}"
         advice = "remove the key, or write the rows as conversations"
         raise need("assistant_only_loss", "rows of messages with roles", got, advice)
@@ -78,23 +78,23 @@ def detect_format(rows: datasets.Dataset, config: DataConfig, masks: MaskConfig)
         kind=kind,
         columns=columns,
         conversational=conversational,
-        completion_only=kind == "prompt_completion" and masks.completion_only_loss is not False,
-        assistant_only=masks.assistant_only_loss,
+        completion_only=kind == "prompt_completion" and objective.completion_only_loss is not False,
+        assistant_only=objective.assistant_only_loss,
         template_columns=extra,
     )
 
 
-def _tokens_format(rows: datasets.Dataset, masks: MaskConfig) -> RowFormat:
+def _tokens_format(rows: datasets.Dataset, objective: ObjectiveConfig) -> RowFormat:
     """Tokens with the masks beside them; one that a key asks for must be there, one that is refused is not read."""
     found = [name for name in TOKEN_MASKS if name in rows.column_names]
     for key, wanted, accepted in (
-        ("completion_only_loss", masks.completion_only_loss, ("labels", "completion_mask")),
-        ("assistant_only_loss", masks.assistant_only_loss, ("labels", "assistant_masks")),
+        ("completion_only_loss", objective.completion_only_loss, ("labels", "completion_mask")),
+        ("assistant_only_loss", objective.assistant_only_loss, ("labels", "assistant_masks")),
     ):
         if wanted and not set(accepted) & set(found):
             got = f"the columns {', '.join(rows.column_names)}"
             raise need(key, f"{' or '.join(accepted)} beside {TOKENS}", got, "add the column, or remove the key")
-    if masks.completion_only_loss is False:
+    if objective.completion_only_loss is False:
         found = [name for name in found if name != "completion_mask"]
     logger.info("training on %s of the rows%s", TOKENS, f", where {' and '.join(found)} say so" if found else "")
     return RowFormat(

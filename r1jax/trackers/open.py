@@ -35,10 +35,10 @@ def open_trackers(config: RunConfig, output_dir: Path, start_step: int) -> Track
         return Trackers(())
     members: list[Tracker] = []
     # First, since only this one can refuse: nothing has been written then.
-    if "wandb" in config.logging.trackers:
+    if "wandb" in config.reporting.trackers:
         run_config = dataclasses.asdict(config)
-        members.append(WeightsAndBiases(config.logging, output_dir, start_step, run_config))
-    if "tensorboard" in config.logging.trackers:
+        members.append(WeightsAndBiases(config.reporting, output_dir, start_step, run_config))
+    if "tensorboard" in config.reporting.trackers:
         members.append(TensorBoard(output_dir / "runs", start_step))
     members.append(JsonLines(output_dir / "metrics.jsonl", start_step))
     return Trackers(tuple(members))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.config.errors import need
-from r1jax.config.tracking import LoggingConfig
+from r1jax.config.reporting import ReportingConfig
 from r1jax.trackers.tracker import Metrics, chart_name
 
 
@@ -18,7 +18,7 @@ class WeightsAndBiases:
     resumed run's rows for those steps are dropped there (not in metrics.jsonl).
     """
 
-    def __init__(self, config: LoggingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):
+    def __init__(self, config: ReportingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):
         """Raises UserError when the package is not installed."""
         try:
             import wandb
@@ -42,7 +42,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def export_names(config: LoggingConfig) -> None:
+def export_names(config: ReportingConfig) -> None:
     """Nothing; sets WANDB_ENTITY, WANDB_PROJECT and WANDB_RUN_GROUP where the config gives them, as open-r1 does."""
     names = {
         "WANDB_ENTITY": config.wandb_entity,

@@ -47,11 +47,11 @@ def make_cadence(config: RunConfig, num_steps: int, steps_per_epoch: int) -> Cad
         steps = {"no": None, "epoch": 0, "steps": interval_steps(interval, num_steps)}[strategy]
         return Every(steps=steps, steps_per_epoch=steps_per_epoch)
 
-    logging, evaluation, saving = config.logging, config.evaluation, config.checkpoint
+    report, saving = config.reporting, config.checkpoint
     return Cadence(
-        logging=every(logging.logging_strategy, logging.logging_steps),
-        evaluation=every(evaluation.eval_strategy, evaluation.eval_steps or logging.logging_steps),
+        logging=every(report.logging_strategy, report.logging_steps),
+        evaluation=every(report.eval_strategy, report.eval_steps or report.logging_steps),
         saving=every(saving.save_strategy, saving.save_steps),
         num_steps=num_steps,
-        log_first=logging.logging_first_step,
+        log_first=report.logging_first_step,
     )

@@ -268,7 +268,7 @@ def test_sft_recipe_loads(load, name):
     assert run.run.task == "sft"
     assert run.optimizer.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     assert run.model.compute_dtype == "bfloat16"
-    assert run.evaluation.eval_strategy == "no"
+    assert run.reporting.eval_strategy == "no"
     assert {"attn_implementation", "use_liger_kernel", "push_to_hub", "hub_model_id"} <= dict(resolved.ignored).keys()
 
 

@@ -59,10 +59,10 @@ def test_keys_of_the_other_task():
 
 def test_values_that_follow_from_others():
     resolved = config.resolve(BASE | {"eval_strategy": "steps", "logging_steps": 5, "packing": True})
-    evaluation = resolved.config.evaluation
-    assert (evaluation.do_eval, evaluation.eval_steps, evaluation.eval_packing) == (True, 5, True)
+    reporting = resolved.config.reporting
+    assert (reporting.do_eval, reporting.eval_steps, reporting.eval_packing) == (True, 5, True)
     assert {resolved.origins[key] for key in ("do_eval", "eval_steps", "eval_packing")} == {"inferred"}
-    assert config.resolve(BASE | {"packing": True, "eval_packing": False}).config.evaluation.eval_packing is False
+    assert config.resolve(BASE | {"packing": True, "eval_packing": False}).config.reporting.eval_packing is False
     assert config.resolve(BASE | {"use_vllm": True}).config.sampling.rollout_engine == "vllm"
 
 

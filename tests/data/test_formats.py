@@ -2,7 +2,7 @@ import datasets
 import pytest
 
 from r1jax.config.data import DataConfig
-from r1jax.config.masks import MaskConfig
+from r1jax.config.objective import ObjectiveConfig
 from r1jax.data.formats import detect_format
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -10,7 +10,9 @@ MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": 
 
 def detect(row: dict, **keys):
     masks = {name: keys.pop(name) for name in list(keys) if name.endswith("_only_loss")}
-    return detect_format(datasets.Dataset.from_list([row]), DataConfig(dataset_name="x", **keys), MaskConfig(**masks))
+    return detect_format(
+        datasets.Dataset.from_list([row]), DataConfig(dataset_name="x", **keys), ObjectiveConfig(**masks)
+    )
 
 
 def test_columns_decide_and_messages_go_first():

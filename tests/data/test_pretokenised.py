@@ -3,7 +3,7 @@ import pytest
 
 from r1jax.config.data import DataConfig
 from r1jax.config.errors import UserError
-from r1jax.config.masks import MaskConfig
+from r1jax.config.objective import ObjectiveConfig
 from r1jax.data.encoding import RowEncoder
 from r1jax.data.formats import detect_format
 from r1jax.data.tokenized import tokenise
@@ -14,7 +14,7 @@ IDS = [5, 6, 7, 8]
 def encode(tokenizer, row: dict, max_length: int | None = None, **masks) -> tuple[list[int], list[int]]:
     """The tokens that the row becomes and which of them are trained on, through all that reads a dataset."""
     rows = datasets.Dataset.from_list([{"text": "not read", **row}])
-    row_format = detect_format(rows, DataConfig(dataset_name="x"), MaskConfig(**masks))
+    row_format = detect_format(rows, DataConfig(dataset_name="x"), ObjectiveConfig(**masks))
     encoder = RowEncoder(tokenizer=tokenizer, row_format=row_format, max_length=max_length)
     result = tokenise(rows, encoder, show_progress=False)
     return result.tokens.tolist(), result.loss_mask.astype(int).tolist()

@@ -4,8 +4,8 @@ import jax
 
 from r1jax.config.data import DataConfig
 from r1jax.config.model import ModelConfig
+from r1jax.config.reporting import ReportingConfig
 from r1jax.config.schema import RunConfig
-from r1jax.config.tracking import LoggingConfig
 from r1jax.trackers import open_trackers
 
 
@@ -13,7 +13,7 @@ def config_for(*report_to):
     return RunConfig(
         model=ModelConfig(model_name_or_path="m"),
         data=DataConfig(dataset_name="d"),
-        logging=LoggingConfig(report_to=report_to),
+        reporting=ReportingConfig(report_to=report_to),
     )
 
 

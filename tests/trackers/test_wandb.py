@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from r1jax.config.errors import UserError
-from r1jax.config.tracking import LoggingConfig
+from r1jax.config.reporting import ReportingConfig
 from r1jax.trackers.wandb import WeightsAndBiases, export_names, run_id
 
 NAMES = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_RUN_GROUP")
@@ -21,12 +21,12 @@ def clean_environment(monkeypatch):
 def test_a_missing_package_is_the_users_to_mend_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"^report_to: need the wandb package .*; pip install 'r1jax\[wandb\]'"):
-        WeightsAndBiases(LoggingConfig(report_to=("wandb",)), tmp_path / "out", 0, {})
+        WeightsAndBiases(ReportingConfig(report_to=("wandb",)), tmp_path / "out", 0, {})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_names_that_the_config_gives_are_exported(monkeypatch):
-    export_names(LoggingConfig(wandb_project="reasoning", wandb_run_group="seed-1"))
+    export_names(ReportingConfig(wandb_project="reasoning", wandb_run_group="seed-1"))
     assert [os.environ[name] for name in NAMES] == ["", "reasoning", "seed-1"]
 
 
@@ -39,9 +39,9 @@ def test_a_resumed_run_keeps_its_id_and_a_fresh_one_gets_another(tmp_path):
 
 OFFLINE_RUN = """
 import pathlib, sys
-from r1jax.config.tracking import LoggingConfig
+from r1jax.config.reporting import ReportingConfig
 from r1jax.trackers.wandb import WeightsAndBiases
-tracker = WeightsAndBiases(LoggingConfig(report_to=("wandb",), run_name="trial"), pathlib.Path(sys.argv[1]), 0, {})
+tracker = WeightsAndBiases(ReportingConfig(report_to=("wandb",), run_name="trial"), pathlib.Path(sys.argv[1]), 0, {})
 tracker.log(1, {"loss": 0.5})
 tracker.close()
 """

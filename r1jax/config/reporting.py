@@ -1,4 +1,4 @@
-"""Which numbers and texts a run reports, how often and to whom (metrics.jsonl is always written)."""
+"""What a run reports: metrics and held-out results, how often and to whom (metrics.jsonl is always written)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,22 @@ Tracker = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
+class ReportingConfig:
+    do_eval: bool = False
+    """Evaluate at the end of the run; an eval_strategy other than 'no' turns it on."""
+
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    """When to evaluate during the run."""
+
+    eval_steps: int | float | None = None
+    """Steps between evaluations, or a fraction of the run; null means logging_steps."""
+
+    eval_on_start: bool = False
+    """Also evaluate before the first update."""
+
+    eval_packing: bool | None = None
+    """Pack the held-out rows; null means as packing says."""
+
     logging_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When metrics are logged."""
 
@@ -36,6 +51,7 @@ class LoggingConfig:
     """W&B group of the run; null means none."""
 
     def __post_init__(self) -> None:
+        check_interval("eval_steps", self.eval_steps)
         check_interval("logging_steps", self.logging_steps)
         alone = len(self.report_to) == 1 or not {"all", "none"} & set(self.report_to)
         require(alone, "report_to", "'all' or 'none' to stand alone", self.report_to, "keep it or the others")
