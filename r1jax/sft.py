@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from r1jax.data.sources import load_split
 from r1jax.data.tokenized import TokenizedRows, tokenise
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
 from r1jax.objectives.reductions import nll_mean, token_sum
-from r1jax.objectives.sft import make_nll
+from r1jax.objectives.sft import make_nll, nll_metrics
 from r1jax.optimizer import make_schedule
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
@@ -142,6 +142,7 @@ def open_recorder(config: RunConfig, plan: Plan, resumed: dict[str, Any]) -> Rec
         start_step=step,
         num_steps=plan.num_steps,
         steps_per_epoch=plan.num_steps_per_epoch,
+        report=nll_metrics,
         num_tokens=resumed.get("num_tokens", 0),
         resumed=resumed.get("recorder"),
     )
@@ -183,7 +184,8 @@ def train_model(
     step = make_train_step(loss, config.optimizer, schedule, layout, seed=config.run.seed if noise else None)
     eval_step = make_eval_step(loss, layout)
 
-    def inputs() -> Iterator[loop.StepInput]:
+    def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
+        del now  # what is trained on does not depend on the policy
         for index, batch in device_batches(train, layout, nll_mean, int(state.step)):
             rows = plan.step(index)
             lengths = [int(plan.lengths[sequence]) for row in rows.rows for sequence in row]
@@ -212,9 +214,10 @@ def train_model(
 
     if config.reporting.eval_on_start and held_out is not None and int(state.step) == 0:
         recorder.emit(0, measure(state))
+    profile = Path(config.run.output_dir) / "profile"
     return loop.run(
         state,
-        profiled(inputs(), config.run.profiled_steps(), Path(config.run.output_dir) / "profile"),
+        lambda now: profiled(inputs(now), config.run.profiled_steps(), profile),
         step,
         cadence=make_cadence(config, plan.num_steps, plan.num_steps_per_epoch),
         recorder=recorder,

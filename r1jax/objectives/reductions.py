@@ -4,7 +4,7 @@ Each function maps the numbers of trained tokens of the step's sequences to the 
 """
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 
 
 def nll_mean(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
@@ -18,3 +18,28 @@ def nll_mean(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
 def token_sum(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
     """1 for every token: for evaluation, which divides by the count over all its batches."""
     return np.ones(loss_tokens.shape)
+
+
+def sequence_mean(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+    """`loss_type: grpo`: the mean over sequences of their means over tokens (DeepSeekMath, Shao et al. 2024, eq. 3).
+
+    A sequence with nothing to train on, such as a masked one, still counts as a sequence.
+    """
+    return 1.0 / (np.maximum(loss_tokens, 1.0) * max(len(loss_tokens), 1))
+
+
+def micro_batch_mean(
+    loss_tokens: Float[np.ndarray, " S"], micro_batches: Integer[np.ndarray, " S"]
+) -> Float[np.ndarray, " S"]:
+    """`loss_type: bnpo`: the mean over micro-batches of their means over tokens, as TRL has it.
+
+    micro_batches: the number, from 0, of the one that a sequence belongs to. TRL's mean is over one device's part of a
+    micro-batch; here it is over all devices' parts, so that the loss does not depend on how many they are.
+    """
+    totals = np.bincount(micro_batches, weights=loss_tokens)
+    return 1.0 / (np.maximum(totals, 1.0)[micro_batches] * max(len(totals), 1))
+
+
+def constant_length(loss_tokens: Float[np.ndarray, " S"], max_completion_length: int) -> Float[np.ndarray, " S"]:
+    """`loss_type: dr_grpo`: sums over tokens divided by the same number for every sequence (Dr. GRPO, Liu et al. 2025)."""
+    return np.full(loss_tokens.shape, 1.0 / (max(len(loss_tokens), 1) * max_completion_length))

@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownLambdaType=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ Loss = Callable[..., tuple[Float[Array, ""], dict[str, Array]]]
 """(parameters, micro-batch [B, T], key or nothing) -> (loss, sums): both add up over the micro-batches of a step."""
 
 
-def _shifted(x: Int[Array, "B T"] | Float[Array, "B T"]) -> Array:
+def shifted(x: Int[Array, "B T"] | Float[Array, "B T"]) -> Array:
     """Each position's next entry: the token that position t predicts is token t + 1; 0 at the end of a row."""
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
@@ -63,11 +63,20 @@ def make_nll(
             perturb=perturb,
         )
         # Padding's log-probabilities are finite but meaningless; its weight is 0.
-        weights = _shifted(batch.loss_weight)
+        weights = shifted(batch.loss_weight)
         loss, is_top = weighted_nll(
-            hidden, output_kernel(params), _shifted(batch.tokens), weights, size, mesh, by_probability=by_probability
+            hidden, output_kernel(params), shifted(batch.tokens), weights, size, mesh, by_probability=by_probability
         )
-        mask = _shifted(batch.loss_mask).astype(jnp.float32)
+        mask = shifted(batch.loss_mask).astype(jnp.float32)
         return loss, {"correct_tokens": jnp.sum(mask * is_top.astype(jnp.float32)), "loss_tokens": jnp.sum(mask)}
 
     return nll
+
+
+def nll_metrics(sums: Mapping[str, float], steps: int) -> dict[str, float]:
+    """loss, each step's a mean over its tokens already, so steps count alike (as in HF); mean_token_accuracy over
+    tokens."""
+    return {
+        "loss": sums["loss"] / steps,
+        "mean_token_accuracy": sums["correct_tokens"] / max(sums["loss_tokens"], 1.0),
+    }

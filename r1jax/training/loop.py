@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,13 @@ class StepInput:
     """Tokens of all processes that are not padding."""
     flops: float
     """Of the whole update on all devices, see models/flops.py."""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What the host knows of it already, by the names that it is logged under; NaN is not there."""
+
+
+Inputs = Callable[[Callable[[], TrainState]], Iterable[StepInput]]
+"""From a function that gives the state as it is now to the updates that are left: what a step is trained on may depend
+on the policy that all steps before it have made."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,7 @@ class Tasks:
 
 def run(
     state: TrainState,
-    inputs: Iterator[StepInput],
+    inputs: Inputs,
     step: TrainStep,
     *,
     cadence: Cadence,
@@ -59,12 +66,12 @@ def run(
         nonlocal pending
         if pending is not None:
             given, metrics = pending
-            recorder.add(given.step + 1, metrics, given.num_tokens, given.flops)
+            recorder.add(given.step + 1, metrics, given.num_tokens, given.flops, given.metrics)
             pending = None
 
     done = saved = int(state.step)
     with on_sigterm() as requested:
-        for given in inputs:
+        for given in inputs(lambda: state):
             # A stray host array here would be a transfer, and a wait, in every step.
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, given.batch)

@@ -1,14 +1,16 @@
 """From a step's device metrics to what people read: averages over the logging window, speed, trackers, progress bar.
 
 metrics.jsonl has TRL's names and `tokens_per_second` (tokens that are not padding, over wall time since the last log),
-`tflops_per_device` and `mfu` (see models/flops.py; absent where the device's peak is not known).
+`tflops_per_device` and `mfu` (see models/flops.py; absent where the device's peak is not known). The first step of a
+process waits for compilers and is in none of these.
 """
 
 import dataclasses
 import logging
 import math
+import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,21 +24,39 @@ from r1jax.trackers.open import Trackers
 logger = logging.getLogger(__name__)
 
 
+Report = Callable[[Mapping[str, float], int], dict[str, float]]
+"""(the loss and its sums over a window, steps in the window) -> metrics by the names that they are logged under."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class Window:
-    """What the next log averages over: sums since the last one, which a checkpoint between two logs carries on."""
+    """What the next log is made of, since the last one; a checkpoint between two logs carries it on."""
 
     steps: int = 0
-    loss: float = 0.0
-    correct_tokens: float = 0.0
-    loss_tokens: float = 0.0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The loss and what it adds up; names in _min and _max are extremes."""
+    host: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """[total, number of steps that had it] of each metric that came with the inputs."""
     grad_norm: float = 0.0
     """The latest, as is the learning rate."""
     learning_rate: float = 0.0
+    timed_steps: int = 0
+    """Those that `tokens`, `flops` and `seconds` are of: all but the first of a process, which waits for compilers."""
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0
     """Before the start that the clock in `Recorder` counts from."""
+
+    def add(self, device: Mapping[str, float], host: Mapping[str, float]) -> None:
+        """Takes in one step."""
+        self.steps += 1
+        for name, value in device.items():
+            combine = {"_min": min, "_max": max}.get(name[-4:], operator.add)
+            self.sums[name] = combine(self.sums[name], value) if name in self.sums else value
+        for name, value in host.items():
+            if not math.isnan(value):
+                total, count = self.host.get(name, (0.0, 0))
+                self.host[name] = [total + value, count + 1]
 
 
 class Recorder:
@@ -49,14 +69,17 @@ class Recorder:
         start_step: int,
         num_steps: int,
         steps_per_epoch: int,
+        report: Report,
         num_tokens: int = 0,
         resumed: Mapping[str, Any] | None = None,
     ):
-        """num_tokens: tokens seen before start_step; resumed: what `progress` gave there."""
+        """report: what the loss's sums mean; num_tokens: tokens seen before start_step; resumed: what `progress` gave
+        there."""
         self.trackers = trackers
         self.num_tokens = num_tokens
         self.last: dict[str, float] = dict(resumed["last"]) if resumed else {}
-        self._steps_per_epoch = steps_per_epoch
+        self._report, self._steps_per_epoch = report, steps_per_epoch
+        self._compiled = False
         self._num_steps = num_steps
         self._window = Window(**resumed["window"]) if resumed else Window()
         self._window_start = time.perf_counter()
@@ -76,38 +99,46 @@ class Recorder:
         self._task = self._progress.add_task("training", total=num_steps, completed=start_step, note="compiling")
         self._progress.start()
 
-    def add(self, step: int, metrics: Mapping[str, Any], tokens: int, flops: float) -> None:
-        """Takes in the metrics after `step` updates; waits for them. Raises `RunFailure` when they are not finite."""
+    def add(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        tokens: int,
+        flops: float,
+        host: Mapping[str, float] | None = None,
+    ) -> None:
+        """Takes in the metrics after `step` updates; waits for them. Raises `RunFailure` when they are not finite.
+
+        host: metrics that the step's input came with; each is averaged over the steps that have it.
+        """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 advice = "lower learning_rate or max_grad_norm, or look at the rows of this step"
                 raise RunFailure(f"{name}: need a finite number, got {values[name]} at step {step}; {advice}")
         window = self._window
-        window.steps += 1
-        window.tokens += tokens
-        window.flops += flops
-        window.loss += values["loss"]
-        window.correct_tokens += values["correct_tokens"]
-        window.loss_tokens += values["loss_tokens"]
-        window.grad_norm, window.learning_rate = values["grad_norm"], values["learning_rate"]
+        window.grad_norm, window.learning_rate = values.pop("grad_norm"), values.pop("learning_rate")
+        window.add(values, host or {})
         self.num_tokens += tokens
-        note = f"loss {values['loss']:.4f}"
-        self._progress.update(self._task, completed=step, note=note)
+        if self._compiled:
+            window.timed_steps += 1
+            window.tokens += tokens
+            window.flops += flops
+        else:
+            self._compiled, self._window_start = True, time.perf_counter()
+        self._progress.update(self._task, completed=step, note=f"loss {values['loss']:.4f}")
 
     def log(self, step: int) -> None:
         """Sends the window's averages out under `step` and begins the next window."""
-        window, seconds = self._window, self._seconds()
+        window = self._window
         metrics = {
-            "loss": window.loss / window.steps,
             "grad_norm": window.grad_norm,
             "learning_rate": window.learning_rate,
-            "mean_token_accuracy": window.correct_tokens / max(window.loss_tokens, 1.0),
+            **self._report(window.sums, window.steps),
+            **{name: total / count for name, (total, count) in window.host.items()},
             "epoch": step / self._steps_per_epoch,
             "num_tokens": self.num_tokens,
-            "tokens_per_second": window.tokens / seconds,
-            "time/step": seconds / window.steps,
-            **self._hardware_use(seconds),
+            **self._speed(),
         }
         self.emit(step, metrics)
         self._window, self._window_start = Window(), time.perf_counter()
@@ -124,24 +155,29 @@ class Recorder:
         now = time.perf_counter() if self._paused_at is None else self._paused_at
         return self._window.seconds + now - self._window_start
 
-    def _hardware_use(self, seconds: float) -> dict[str, float]:
-        device = jax.devices()[0]
-        achieved = self._window.flops / seconds / jax.device_count()
-        use = {"tflops_per_device": achieved / 1e12}
-        peak = peak_flops(device.device_kind)
-        if peak is not None:
-            use["mfu"] = achieved / peak
+    def _speed(self) -> dict[str, float]:
+        """Speed and use of the hardware; without the speed where the window holds nothing but a first step."""
         stats = jax.local_devices()[0].memory_stats() or {}
-        if "peak_bytes_in_use" in stats:
-            use["memory/peak_gib"] = stats["peak_bytes_in_use"] / 2**30
-        return use
+        use = {"memory/peak_gib": stats["peak_bytes_in_use"] / 2**30} if "peak_bytes_in_use" in stats else {}
+        window, seconds = self._window, self._seconds()
+        if not window.timed_steps:
+            return use
+        achieved = window.flops / seconds / jax.device_count()
+        peak = peak_flops(jax.devices()[0].device_kind)
+        return {
+            "tokens_per_second": window.tokens / seconds,
+            "time/step": seconds / window.timed_steps,
+            "tflops_per_device": achieved / 1e12,
+            **({} if peak is None else {"mfu": achieved / peak}),
+            **use,
+        }
 
     def emit(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends metrics to the trackers and, in a few words, to the log."""
         self.last.update(metrics)
         self.trackers.log(step, metrics)
         if jax.process_index() == 0:
-            shown = ("loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy", "learning_rate")
+            shown = ("loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy", "reward", "eval_reward", "learning_rate")
             words = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
             if "tokens_per_second" in metrics:
                 words.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")

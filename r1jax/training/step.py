@@ -14,32 +14,63 @@ from r1jax.sharding.rules import shardings
 from r1jax.training.state import StateLayout, TrainState
 
 Sums = dict[str, jax.Array]
+"""By name; what ends in _min or _max is an extreme over micro-batches, everything else adds up."""
 Loss = Callable[..., tuple[jax.Array, Sums]]
 """(parameters, micro-batch [B, T]) -> (loss, sums): both add up over the micro-batches of a step. A loss that draws
 at random takes a key as its third argument."""
 
 TrainStep = Callable[[TrainState, PackedBatch], tuple[TrainState, Sums]]
 EvalStep = Callable[[Any, PackedBatch], Sums]
+ScoreStep = Callable[[Any, PackedBatch], jax.Array]
 
 
-def _totals(function: Callable[[PackedBatch, jax.Array], Any], batch: PackedBatch) -> Any:
-    """The sum of function(micro-batch, its number) over the micro-batches [A, B, T]."""
+def _totals(function: Callable[[PackedBatch, jax.Array], Any], batch: PackedBatch, *, skip_empty: bool = False) -> Any:
+    """The sum of function(micro-batch, its number) over the micro-batches [A, B, T]; extremes stay extremes.
+
+    skip_empty: micro-batches of padding alone, which stand at the end, are not computed, so that A may be what the
+    fullest step needs and every step has one shape.
+    """
     numbers = jnp.arange(batch.tokens.shape[0])
     first = jax.tree.map(lambda leaf: leaf[0], (batch, numbers))
     if batch.tokens.shape[0] == 1:  # a loop of one would only cost a second set of gradients
         return function(*first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *first))
+    start = jax.tree_util.tree_map_with_path(_neutral, jax.eval_shape(function, *first))
 
     def add(total: Any, part: tuple[PackedBatch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(*part)), None
+        return jax.tree_util.tree_map_with_path(_combined, total, function(*part)), None
 
-    return jax.lax.scan(add, zeros, (batch, numbers))[0]
+    if not skip_empty:
+        return jax.lax.scan(add, start, (batch, numbers))[0]
+    used = jnp.sum(jnp.any(batch.segment_ids > 0, axis=(1, 2)), dtype=jnp.int32)
+
+    def nth(number: jax.Array, total: Any) -> Any:
+        part = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
+        return add(total, (part, number))[0]
+
+    return jax.lax.fori_loop(0, used, nth, start)
 
 
-def make_gradients(loss: Loss, layout: StateLayout) -> Callable[..., tuple[Any, jax.Array, Sums]]:
+def _kind(path: Any) -> str:
+    """What a leaf is by its name: "min", "max", or "" for a sum."""
+    name = str(getattr(path[-1], "key", "")) if path else ""
+    return next((kind for kind in ("min", "max") if name.endswith(f"_{kind}")), "")
+
+
+def _neutral(path: Any, leaf: Any) -> jax.Array:
+    return jnp.full(leaf.shape, {"min": jnp.inf, "max": -jnp.inf, "": 0}[_kind(path)], leaf.dtype)
+
+
+def _combined(path: Any, total: jax.Array, part: jax.Array) -> jax.Array:
+    return {"min": jnp.minimum, "max": jnp.maximum, "": jnp.add}[_kind(path)](total, part)
+
+
+def make_gradients(
+    loss: Loss, layout: StateLayout, *, skip_empty: bool = False
+) -> Callable[..., tuple[Any, jax.Array, Sums]]:
     """(gradients, loss, sums) of a whole step [A, B, T], gradients sharded as the ZeRO stage says; not jitted.
 
     gradients(params, batch, key): a key, where there is one, is folded with the micro-batch's number for the loss.
+    skip_empty: do not compute the micro-batches of padding at the end.
     """
     placed = shardings(layout.mesh, layout.specs.gradients)
 
@@ -49,7 +80,7 @@ def make_gradients(loss: Loss, layout: StateLayout) -> Callable[..., tuple[Any, 
             (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro_batch, *drawn)
             return jax.lax.with_sharding_constraint(grads, placed), value, sums
 
-        return _totals(one, batch)
+        return _totals(one, batch, skip_empty=skip_empty)
 
     return gradients
 
@@ -60,13 +91,16 @@ def make_train_step(
     schedule: optimizer.Schedule,
     layout: StateLayout,
     seed: int | None = None,
+    *,
+    skip_empty: bool = False,
 ) -> TrainStep:
     """Jitted step(state, batch [A, B, T]) -> (new state, {loss, grad_norm, learning_rate, and the loss's sums}).
 
     The state is donated. Compiles once for each shape of batch. seed: of what the loss draws at random, which is then
     a function of seed, step and micro-batch alone, so a resumed run draws the same; None for a loss that draws nothing.
+    skip_empty: do not compute the micro-batches of padding at the end.
     """
-    gradients = make_gradients(loss, layout)
+    gradients = make_gradients(loss, layout, skip_empty=skip_empty)
     moments = shardings(layout.mesh, layout.specs.moments)
 
     def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Sums]:
@@ -92,3 +126,21 @@ def make_eval_step(loss: Loss, layout: StateLayout) -> EvalStep:
 
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     return jax.jit(step, in_shardings=(layout.shardings.params, layout.batch), out_shardings=everywhere)
+
+
+def make_score_step(score: Callable[[Any, PackedBatch], jax.Array], layout: StateLayout) -> ScoreStep:
+    """Jitted step(params, batch [A, B, T]) -> float32 [A, B, T], score(params, micro-batch) of each micro-batch.
+
+    Micro-batches of padding at the end are not computed and give 0.
+    """
+
+    def step(params: Any, batch: PackedBatch) -> jax.Array:
+        used = jnp.sum(jnp.any(batch.segment_ids > 0, axis=(1, 2)), dtype=jnp.int32)
+
+        def nth(number: jax.Array, scores: jax.Array) -> jax.Array:
+            part = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
+            return jax.lax.dynamic_update_index_in_dim(scores, score(params, part), number, 0)
+
+        return jax.lax.fori_loop(0, used, nth, jnp.zeros(batch.tokens.shape, jnp.float32))
+
+    return jax.jit(step, in_shardings=(layout.shardings.params, layout.batch), out_shardings=layout.batch)

@@ -17,6 +17,7 @@ from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config.errors import RunFailure
 from r1jax.config.optimizer import OptimizerConfig
 from r1jax.config.run import RunSettings
+from r1jax.objectives.sft import nll_metrics
 from r1jax.optimizer import make_schedule
 from r1jax.trackers.jsonl import JsonLines
 from r1jax.trackers.open import Trackers
@@ -40,7 +41,7 @@ def cadence(logging: int | None = 1, evaluation: int | None = None, saving: int 
 @contextlib.contextmanager
 def recording(folder: Path, start_step: int = 0) -> Iterator[Recorder]:
     trackers = Trackers((JsonLines(folder / "metrics.jsonl", start_step),))
-    recorder = Recorder(trackers, start_step=start_step, num_steps=STEPS, steps_per_epoch=3, num_tokens=0)
+    recorder = Recorder(trackers, start_step=start_step, num_steps=STEPS, steps_per_epoch=3, report=nll_metrics)
     with contextlib.closing(recorder):
         yield recorder
 
@@ -86,7 +87,7 @@ def counting_run(folder: Path, rhythm: Cadence, *, losses: dict[int, float] | No
     tasks = loop.Tasks(evaluate=measure if evaluate else None, save=lambda done, state: events.append(f"save {done}"))
     with recording(folder) as recorder:
         try:
-            _, done = loop.run(state, iter(given), step, cadence=rhythm, recorder=recorder, tasks=tasks)
+            _, done = loop.run(state, lambda now: given, step, cadence=rhythm, recorder=recorder, tasks=tasks)
         except RunFailure as failure:
             return events, failure
     return events, done
@@ -157,8 +158,8 @@ class Training:
             found = find_start(settings, checkpoints)
             state = restore(found, checkpoints, self.layout, "plan") if found else self.start()
 
-            def inputs() -> Iterator[loop.StepInput]:
-                for index in range(int(state.step), STEPS):
+            def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
+                for index in range(int(now().step), STEPS):
                     if index == sigterm_at:
                         os.kill(os.getpid(), signal.SIGTERM)
                     batch = jax.device_put(self.batches[index], self.layout.batch)
@@ -170,7 +171,7 @@ class Training:
             with recording(folder, int(state.step)) as recorder:
                 rhythm = cadence(saving=1 if limit else 4)
                 tasks = loop.Tasks(evaluate=None, save=save)
-                state, done = loop.run(state, inputs(), self.step, cadence=rhythm, recorder=recorder, tasks=tasks)
+                state, done = loop.run(state, inputs, self.step, cadence=rhythm, recorder=recorder, tasks=tasks)
             checkpoints.wait()
             return state, done, checkpoints.all_steps()
 
