@@ -49,12 +49,13 @@ def _first_id(vocab_slice: int, axis: str | None) -> Array | int:
     return jax.lax.axis_index(axis) * vocab_slice if axis else 0
 
 
-def _logits(hidden: Array, vectors: Array) -> Array:
-    """Float32 [tokens, V] from the tokens' output vectors [V, D].
+def _logits(hidden: Array, vectors: Array, temperature: float = 1.0) -> Array:
+    """Float32 [tokens, V] from the tokens' output vectors [V, D], over the temperature.
 
     Both loops read the kernel in this orientation, which is a tied embedding's own: XLA on CPU copies a transposed one.
     """
-    return jnp.matmul(hidden, vectors.T, preferred_element_type=jnp.float32)
+    logits = jnp.matmul(hidden, vectors.T, preferred_element_type=jnp.float32)
+    return logits if temperature == 1 else logits / temperature
 
 
 def _statistics(logits: Array, targets: Array, axis: str | None) -> tuple[Array, Array, Array, Array]:
@@ -72,21 +73,35 @@ def _statistics(logits: Array, targets: Array, axis: str | None) -> tuple[Array,
 
 
 def _local_forward(
-    hidden: Array, kernel: Array, targets: Array, *, chunk: int, axis: str | None
-) -> tuple[Array, Array, Array]:
-    """(log-probability, is the target a most likely token, logsumexp) of this device's tokens, [B, T] each."""
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    *,
+    chunk: int,
+    axis: str | None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Array, ...]:
+    """(log-probability, is the target a most likely token, logsumexp, maybe entropy) of this device's tokens, all
+    [B, T]."""
 
     vectors = kernel.T
 
-    def body(carry: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
-        target, highest, _, total = _statistics(_logits(part[0], vectors), part[1], axis)
+    def body(carry: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
+        logits = _logits(part[0], vectors, temperature)
+        target, highest, exponentials, total = _statistics(logits, part[1], axis)
         logsumexp = highest + jnp.log(total)
-        return carry, (target - logsumexp, target >= highest, logsumexp)
+        found = (target - logsumexp, target >= highest, logsumexp)
+        if not with_entropy:
+            return carry, found
+        # -sum p log p, where log p = (logits - highest) - log total.
+        weighted = jnp.sum(exponentials * (logits - highest[:, None]), axis=-1)
+        weighted = jax.lax.psum(weighted, axis) if axis else weighted
+        return carry, (*found, jnp.log(total) - weighted / total)
 
     flat = hidden.reshape(-1, hidden.shape[-1])
     _, outputs = _over_chunks(body, None, (_chunked(flat, chunk), _chunked(targets.reshape(-1), chunk)))
-    logprobs, is_top, logsumexp = (out.reshape(-1)[: targets.size].reshape(targets.shape) for out in outputs)
-    return logprobs, is_top, logsumexp
+    return tuple(out.reshape(-1)[: targets.size].reshape(targets.shape) for out in outputs)
 
 
 def _local_gradients(
@@ -100,18 +115,20 @@ def _local_gradients(
     axis: str | None,
     batch_axes: tuple[str, ...],
     by_probability: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[Array, Array, Array, Array]:
     """(log-probability [B, T], is top [B, T], gradients of sum(weights * logprob): hidden [B, T, D], kernel [D, V]).
 
-    d logprob / d logits = onehot(target) - softmax. A known logsumexp saves the passes over the logits that find it;
-    the first two results are then not to be used. by_probability multiplies each weight by the target's probability.
+    d logprob / d logits = (onehot(target) - softmax) / temperature. A known logsumexp saves the passes over the logits
+    that find it; the first two results are then not to be used. by_probability multiplies each weight by the target's
+    probability.
     """
     vectors = kernel.T
     ids = _first_id(vectors.shape[0], axis) + jnp.arange(vectors.shape[0])
 
     def body(gradient: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:
         tokens, target_ids, weight, *known = part
-        logits = _logits(tokens, vectors)
+        logits = _logits(tokens, vectors, temperature)
         if known:
             logprobs, is_top = jnp.zeros_like(weight), jnp.zeros(weight.shape, bool)
             softmax = jnp.exp(logits - known[0][:, None])
@@ -120,6 +137,7 @@ def _local_gradients(
             logprobs, is_top = target - highest - jnp.log(total), target >= highest
             softmax = exponentials / total[:, None]
             weight = weight * jnp.exp(logprobs) if by_probability else weight
+        weight = weight if temperature == 1 else weight / temperature
         slope = weight[:, None] * ((ids == target_ids[:, None]).astype(jnp.float32) - softmax)
         slope = slope.astype(kernel.dtype)
         gradient += jnp.matmul(slope.T, tokens, preferred_element_type=jnp.float32)
@@ -150,7 +168,9 @@ def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, res
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-def _gradients(chunk: int, mesh: Mesh | None, arguments: str, *, by_probability: bool = False) -> Callable[..., Any]:
+def _gradients(
+    chunk: int, mesh: Mesh | None, arguments: str, *, by_probability: bool = False, temperature: float = 1.0
+) -> Callable[..., Any]:
     axes = STATE_AXES if mesh else ()
     local = functools.partial(
         _local_gradients,
@@ -158,6 +178,7 @@ def _gradients(chunk: int, mesh: Mesh | None, arguments: str, *, by_probability:
         axis="tensor" if mesh else None,
         batch_axes=axes,
         by_probability=by_probability,
+        temperature=temperature,
     )
     return _mapped(local, mesh, arguments, "tthk")
 
@@ -168,29 +189,73 @@ def token_logprobs(
     targets: Int[Array, "B T"],
     chunk: int,
     mesh: Mesh | None = None,
+    *,
+    temperature: float = 1.0,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Float32 log-probability of each target under softmax(hidden @ kernel), and whether no token is likelier.
+    """Float32 log-probability of each target under softmax(hidden @ kernel / temperature), and whether no token is
+    likelier.
 
     chunk: tokens a device holds logits of at one time. mesh: rows are split over data x fsdp and the vocabulary over
     tensor, which must divide them; None for one device. Only the log-probabilities have a gradient.
     """
-    return _differentiable(hidden, kernel, targets, chunk, mesh)
+    return _differentiable(hidden, kernel, targets, chunk, mesh, temperature, False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _differentiable(hidden: Array, kernel: Array, targets: Array, chunk: int, mesh: Mesh | None) -> Any:
-    return _forward(hidden, kernel, targets, chunk, mesh)[0]
+def token_logprobs_and_entropy(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    chunk: int,
+    mesh: Mesh | None = None,
+    *,
+    temperature: float = 1.0,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """The log-probabilities of `token_logprobs`, and the entropy of each token's distribution in nats, of one pass.
+
+    Only the log-probabilities have a gradient.
+    """
+    found: Any = _differentiable(hidden, kernel, targets, chunk, mesh, temperature, True)
+    return found[0], found[2]
 
 
-def _forward(hidden: Array, kernel: Array, targets: Array, chunk: int, mesh: Mesh | None) -> tuple[Any, Any]:
-    local = functools.partial(_local_forward, chunk=chunk, axis="tensor" if mesh else None)
-    logprobs, is_top, logsumexp = _mapped(local, mesh, "hkt", "ttt")(hidden, kernel, targets)
-    return (logprobs, is_top), (hidden, kernel, targets, logsumexp)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _differentiable(
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    chunk: int,
+    mesh: Mesh | None,
+    temperature: float,
+    with_entropy: bool,
+) -> Any:
+    return _forward(hidden, kernel, targets, chunk, mesh, temperature, with_entropy)[0]
 
 
-def _backward(chunk: int, mesh: Mesh | None, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
+def _forward(
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    chunk: int,
+    mesh: Mesh | None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Any, Any]:
+    axis = "tensor" if mesh else None
+    local = functools.partial(
+        _local_forward, chunk=chunk, axis=axis, temperature=temperature, with_entropy=with_entropy
+    )
+    results = "tttt" if with_entropy else "ttt"
+    logprobs, is_top, logsumexp, *entropy = _mapped(local, mesh, "hkt", results)(hidden, kernel, targets)
+    return (logprobs, is_top, *entropy), (hidden, kernel, targets, logsumexp)
+
+
+def _backward(
+    chunk: int, mesh: Mesh | None, temperature: float, with_entropy: bool, residuals: Any, cotangents: Any
+) -> tuple[Any, Any, None]:
+    del with_entropy
     hidden, kernel, targets, logsumexp = residuals
-    gradients = _gradients(chunk, mesh, "hkttt")(hidden, kernel, targets, cotangents[0], logsumexp)[2:]
+    made = _gradients(chunk, mesh, "hkttt", temperature=temperature)
+    gradients = made(hidden, kernel, targets, cotangents[0], logsumexp)[2:]
     return *gradients, None
 
 

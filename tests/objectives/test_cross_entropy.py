@@ -9,7 +9,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from r1jax.config.mesh import MeshConfig
-from r1jax.objectives.cross_entropy import CHUNK_ELEMENTS, default_chunk, token_logprobs, weighted_nll
+from r1jax.objectives.cross_entropy import (
+    CHUNK_ELEMENTS,
+    default_chunk,
+    token_logprobs,
+    token_logprobs_and_entropy,
+    weighted_nll,
+)
 from r1jax.sharding.mesh import make_mesh
 
 ROWS, TOKENS, WIDTH, VOCAB = 8, 7, 12, 40
@@ -157,6 +163,58 @@ def test_weights_times_probability(chunk):
     assert_same([-leaf for leaf in gradients], scaled[2:], 1e-6)
 
 
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def tempered(hidden, kernel, targets, weights, chunk, temperature, mesh=None):
+    """(log-probabilities, entropy, is top, the gradients of sum(weights * logprobs)) at a temperature."""
+
+    def weighted(hidden, kernel):
+        found = token_logprobs_and_entropy(hidden, kernel, targets, chunk, mesh, temperature=temperature)
+        return jnp.sum(weights * found[0]), found
+
+    gradients, values = jax.grad(weighted, argnums=(0, 1), has_aux=True)(hidden, kernel)
+    alone, is_top = token_logprobs(hidden, kernel, targets, chunk, mesh, temperature=temperature)
+    return *values, alone, is_top, *gradients
+
+
+def tempered_by_hand(hidden, kernel, targets, weights, temperature):
+    """The same: a temperature T is a kernel divided by T, whose gradient is T times ours; entropy in float64."""
+    logprobs, is_top, hidden_gradient, kernel_gradient = by_hand(hidden, kernel / temperature, targets, weights)
+    logits = hidden.astype(np.float64) @ kernel.astype(np.float64) / temperature
+    everything = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    entropy = -(np.exp(everything) * everything).sum(-1)
+    return logprobs, entropy, logprobs, is_top, hidden_gradient, kernel_gradient / temperature
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 1.0, 1.3])
+@pytest.mark.parametrize("chunk", [9, 1000])
+def test_temperature_and_entropy_for_any_chunk(chunk, temperature):
+    hidden, kernel, targets, weights = random_case()
+    expected = tempered_by_hand(hidden, kernel, targets, weights, temperature)
+    assert_same(tempered(hidden, kernel, targets, weights, chunk, temperature), expected, 1e-6)
+
+
+def test_entropies_by_hand():
+    """Four equal logits: ln 4; logits ln 9 and 0 at temperature 0.5: probabilities 81/82 and 1/82."""
+    one = jnp.ones((1, 1, 1))
+    _, uniform = token_logprobs_and_entropy(one, jnp.full((1, 4), 3.0), jnp.asarray([[2]]), 1)
+    np.testing.assert_allclose(uniform, [[np.log(4)]], rtol=1e-6)
+    kernel = jnp.log(jnp.asarray([[9.0, 1.0]]))
+    logprobs, entropy = token_logprobs_and_entropy(one, kernel, jnp.asarray([[1]]), 1, temperature=0.5)
+    np.testing.assert_allclose(logprobs, [[np.log(1 / 82)]], rtol=1e-6)
+    np.testing.assert_allclose(entropy, [[np.log(82) - 81 / 82 * np.log(81)]], rtol=1e-5)
+
+
+def test_entropy_of_large_logits_is_finite_and_has_no_gradient():
+    hidden, kernel = jnp.full((1, 2, 1), 100.0), jnp.asarray([[100.0, 0.0]])
+
+    def total(hidden, kernel):
+        return jnp.sum(token_logprobs_and_entropy(hidden, kernel, jnp.asarray([[0, 1]]), 1)[1])
+
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(hidden, kernel)
+    assert value == 0
+    assert all(not leaf.any() for leaf in gradients)
+
+
 def on_mesh(shape: dict[str, int]):
     """The mesh, and the shardings of hidden, kernel, targets and weights on it."""
     mesh = make_mesh(MeshConfig(**shape))
@@ -172,6 +230,7 @@ def test_eight_devices_equal_one(shape):
     sharded = [jax.device_put(leaf, place) for leaf, place in zip(case, places, strict=True)]
     assert_same(ours(*sharded, 4, mesh), [np.asarray(leaf) for leaf in ours(*case, 9)], 1e-6)
     assert_same(fused(*sharded, 4, mesh), [np.asarray(leaf) for leaf in fused(*case, 9)], 1e-6)
+    assert_same(tempered(*sharded, 4, 0.7, mesh), [np.asarray(leaf) for leaf in tempered(*case, 9, 0.7)], 1e-6)
 
 
 def compiled_at(function, rows, tokens, width, vocab, chunk, mesh=None, places=None) -> Any:
