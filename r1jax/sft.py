@@ -26,7 +26,6 @@ from r1jax.optimizer import make_schedule
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.sharding.placement import local_rows, to_devices
-from r1jax.trackers.open import open_trackers
 from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
@@ -34,6 +33,7 @@ from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.profiling import profiled
 from r1jax.training.recorder import Recorder
 from r1jax.training.resume import find_start, restore
+from r1jax.training.saving import make_save, open_recorder
 from r1jax.training.source import Source, export_model, first_params, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import make_eval_step, make_train_step
@@ -78,7 +78,7 @@ def run(config: RunConfig) -> None:
         if jax.process_index() == 0:
             (output_dir / "config.yaml").write_text(to_yaml(config))
         # 4. Training, then the model as others read it.
-        recorder = open_recorder(config, train.plan, start.metadata if start else {})
+        recorder = open_recorder(config, train.plan, nll_metrics, start.metadata if start else {})
         with contextlib.closing(recorder), out_of_memory_named(estimate):
             state, done = train_model(config, source, layout, train, held_out, state, recorder, checkpoints)
         if done < train.plan.num_steps:
@@ -134,20 +134,6 @@ def tokenise_splits(
     return train, held_out
 
 
-def open_recorder(config: RunConfig, plan: Plan, resumed: dict[str, Any]) -> Recorder:
-    """Metrics from the step that the run starts at; trackers are cut back to it."""
-    step = resumed.get("step", 0)
-    return Recorder(
-        open_trackers(config, Path(config.run.output_dir), step),
-        start_step=step,
-        num_steps=plan.num_steps,
-        steps_per_epoch=plan.num_steps_per_epoch,
-        report=nll_metrics,
-        num_tokens=resumed.get("num_tokens", 0),
-        resumed=resumed.get("recorder"),
-    )
-
-
 def device_batches(rows: Rows, layout: StateLayout, weigh: Weigh, start: int) -> Iterator[tuple[int, PackedBatch]]:
     """(step, batch on the devices) from step `start`; this process builds the rows of its own devices only."""
     num_rows = rows.plan.rows_per_micro_batch
@@ -197,21 +183,7 @@ def train_model(
         batches = (batch for _, batch in device_batches(held_out, layout, token_sum, 0))
         return evaluate(now.params, batches, eval_step)
 
-    def save(done: int, now: TrainState) -> None:
-        tree = now.as_dict()
-        if config.checkpoint.save_only_model:
-            tree = {"params": tree["params"]}
-        about = {
-            "hf_config": source.hf_config,
-            "model_name_or_path": config.model.model_name_or_path,
-            "seed": config.run.seed,
-            "plan": plan.fingerprint,
-            "num_tokens": recorder.num_tokens,
-            "recorder": recorder.progress(),
-            "save_only_model": config.checkpoint.save_only_model,
-        }
-        checkpoints.save(done, tree, about)
-
+    save = make_save(config, source, checkpoints, recorder, plan.fingerprint)
     if config.reporting.eval_on_start and held_out is not None and int(state.step) == 0:
         recorder.emit(0, measure(state))
     profile = Path(config.run.output_dir) / "profile"

@@ -14,7 +14,6 @@ import jax
 from rich.console import Console
 
 from r1jax import commands, config, runtime
-from r1jax.config.errors import need
 from r1jax.sharding.mesh import initialize_processes
 
 logger = logging.getLogger("r1jax.train")
@@ -35,8 +34,6 @@ def _train(argv: list[str]) -> int:
         return 0
     run = resolved.config
     commands.configure_logging(run.run.log_level)
-    if run.run.task != "sft":
-        raise need("task", "sft", run.run.task, "GRPO is not built yet; --dry_run checks its recipes")
     config.warn_ignored(resolved)
     os.environ.update(resolved.env)
     runtime.configure(run.model.compute_dtype, deterministic=run.run.deterministic)
@@ -44,9 +41,14 @@ def _train(argv: list[str]) -> int:
     if jax.process_index() != 0:
         commands.configure_logging("warning")  # the first process speaks for all
     # Imported here: datasets and transformers read the environment, which `env:` may have set, when they are imported.
-    from r1jax import sft
+    if run.run.task == "grpo":
+        from r1jax import grpo
 
-    sft.run(run)
+        grpo.run(run)
+    else:
+        from r1jax import sft
+
+        sft.run(run)
     return 0
 
 

@@ -16,7 +16,7 @@ LAYERS = {
     "quickstart": 6,
     **dict.fromkeys(("train", "generate", "evaluate", "convert", "pipeline", "plan", "doctor"), 5),
     **dict.fromkeys(("sft", "grpo", "commands", "runtime"), 4),
-    "training": 3,
+    **dict.fromkeys(("training", "experience"), 3),
     **dict.fromkeys(("data", "objectives", "rewards", "rollout", "checkpoints"), 2),
     **dict.fromkeys(("optimizer", "footprint", "trackers"), 2),
     **dict.fromkeys(("models", "sharding", "sandbox"), 1),

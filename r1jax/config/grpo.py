@@ -1,6 +1,7 @@
 """The GRPO objective (defaults of TRL 0.18, the version open-r1 runs)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from r1jax.config.errors import at_least, require
 
@@ -10,8 +11,11 @@ class GrpoConfig:
     beta: float = 0.04
     """Weight of the KL term against the frozen reference; 0 means none, and no reference in memory."""
 
-    scale_rewards: bool = True
-    """Divide a group's advantages by the standard deviation of its rewards."""
+    scale_rewards: bool | Literal["group", "batch", "none"] = True
+    """Divide advantages by the standard deviation of the rewards of the group (true), of the batch, or not (false)."""
+
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """What the probability ratio is of: a token, or the mean over a completion (GSPO; use loss_type grpo with it)."""
 
     epsilon: float = 0.2
     """How far below 1 the probability ratio may move before it is clipped (and above, without epsilon_high)."""
@@ -53,3 +57,10 @@ class GrpoConfig:
         needless = self.sync_ref_model and self.beta == 0
         advice = "with beta 0 there is no reference to move"
         require(not needless, "sync_ref_model", "false when beta is 0", self.sync_ref_model, advice)
+
+    @property
+    def scaling(self) -> Literal["group", "batch", "none"]:
+        """scale_rewards by name: true is group, false is none, as in TRL."""
+        if isinstance(self.scale_rewards, bool):
+            return "group" if self.scale_rewards else "none"
+        return self.scale_rewards

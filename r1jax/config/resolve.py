@@ -203,6 +203,6 @@ def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
         return None if chosen[strategy] == "steps" else f"{strategy} is {chosen[strategy]}"
     if name.startswith("wandb_") and not {"wandb", "all"} & set(chosen["report_to"]):
         return "report_to does not have wandb"
-    if schema.keys()[name].group == "vllm" and chosen["rollout_engine"] == "jax":
+    if schema.keys()[name].group == "vllm" and name != "rollout_engine" and chosen["rollout_engine"] == "jax":
         return "rollout_engine is jax: no vLLM server is used"
     return None

@@ -1,18 +1,17 @@
 """How completions are sampled: geometry of a generation batch, lengths, the sampling distribution, what is shown."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from r1jax.config.errors import at_least, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    rollout_engine: Literal["jax", "vllm"] = "jax"
-    """Who samples: the embedded engine or a vLLM server; not given, use_vllm decides."""
-
     num_generations: int = 8
     """Completions per prompt (the group); at least 2."""
+
+    num_generations_eval: int | None = None
+    """Completions per held-out prompt; null means num_generations."""
 
     generation_batch_size: int | None = None
     """Completions generated at a time over all shards; null: steps_per_generation decides."""
@@ -56,6 +55,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         groups = "advantages compare completions of one prompt"
         at_least("num_generations", self.num_generations, 2, groups)
+        at_least("num_generations_eval", self.num_generations_eval, 1, "remove the key to use num_generations")
         at_least("generation_batch_size", self.generation_batch_size, 1, "remove the key to derive it")
         at_least("steps_per_generation", self.steps_per_generation, 1, "remove the key to derive it")
         at_least("num_completions_to_print", self.num_completions_to_print, 0, "0 means all")

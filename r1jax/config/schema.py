@@ -65,7 +65,7 @@ class RunConfig:
     """GRPO: how completions are sampled and shown."""
 
     vllm: VllmConfig = field(default_factory=VllmConfig)
-    """GRPO: the vLLM server."""
+    """GRPO: who samples; the vLLM server."""
 
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """GRPO: rewards and their numbers."""

@@ -1,4 +1,4 @@
-"""Where the vLLM server is; read only with rollout_engine vllm."""
+"""Who samples, and where the vLLM server is: its keys are read only with rollout_engine vllm."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +8,9 @@ from r1jax.config.errors import at_least, require
 
 @dataclass(frozen=True, kw_only=True)
 class VllmConfig:
+    rollout_engine: Literal["jax", "vllm"] = "jax"
+    """Who samples: the embedded engine or a vLLM server; not given, use_vllm decides."""
+
     use_vllm: bool = False
     """open-r1's switch: true means rollout_engine vllm unless rollout_engine is given."""
 

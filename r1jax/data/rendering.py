@@ -54,7 +54,7 @@ def render(row: Row, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase) 
         trained = answer_spans(write, messages, text, str(tokenizer.eos_token))
     prompt = None
     if row_format.completion_only:
-        prompt = _prompt_text(write, values[0])
+        prompt = prompt_text(write, values[0])
         completion = common_length(prompt, text)
         trained = tuple((max(start, completion), stop) for start, stop in trained if stop > completion)
     answered = messages[-1]["role"] == "assistant"
@@ -68,7 +68,7 @@ def _checked(value: Any, column: str, row_format: RowFormat) -> Any:
     return value
 
 
-def _prompt_text(write: Write, prompt: list[Message]) -> str:
+def prompt_text(write: Write, prompt: list[Message]) -> str:
     """What generation starts from; a prompt that ends with the assistant's words is continued, not answered."""
     if prompt[-1]["role"] == "assistant":
         return write(prompt, continue_final_message=True)

@@ -16,9 +16,7 @@ EPSILON = 1e-4
 Scaling = Literal["group", "batch", "none"]
 
 
-def combine(
-    values: Float[np.ndarray, "N R"], weights: Sequence[float] | None = None
-) -> Float[np.ndarray, " N"]:
+def combine(values: Float[np.ndarray, "N R"], weights: Sequence[float] | None = None) -> Float[np.ndarray, " N"]:
     """Each completion's reward: the weighted sum over the reward functions that scored it, NaN where none did."""
     scales = np.ones(values.shape[1]) if weights is None else np.asarray(weights, np.float64)
     total = np.nansum(values * scales, axis=1)

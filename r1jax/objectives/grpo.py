@@ -4,7 +4,8 @@
 # pyright: reportUnknownLambdaType=false
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float
 from r1jax.batch import PackedBatch
 from r1jax.models.config import DecoderConfig
 from r1jax.models.transformer import Constrain, RematPolicy, forward, output_kernel, prepare, unconstrained
-from r1jax.objectives.cross_entropy import default_chunk, policy_statistics
+from r1jax.objectives.cross_entropy import default_chunk, token_logprobs_and_entropy
 from r1jax.objectives.policy_gradient import clipped_surrogate, is_clipped, k3_divergence, sequence_mean
 from r1jax.objectives.sft import Loss, shifted
 
@@ -57,7 +58,9 @@ def make_statistics(
             params, batch.tokens, batch.layout, config, dtype=jnp.dtype(dtype), remat=remat, constrain=constrain
         )
         targets = shifted(batch.tokens)
-        logprobs, entropy = policy_statistics(hidden, output_kernel(params), targets, size, mesh, temperature)
+        logprobs, entropy = token_logprobs_and_entropy(
+            hidden, output_kernel(params), targets, size, mesh, temperature=temperature
+        )
         return _at_their_token(logprobs), _at_their_token(jax.lax.stop_gradient(entropy))
 
     return statistics
@@ -126,3 +129,27 @@ def _sums(
 def make_scorer(statistics: Statistics) -> Callable[[Any, PackedBatch], Float[Array, "B T"]]:
     """(parameters, micro-batch) -> the log-probability of each token, for old_logprobs and ref_logprobs."""
     return lambda params, batch: statistics(params, batch)[0]
+
+
+def policy_metrics(sums: Mapping[str, float], steps: int) -> dict[str, float]:
+    """TRL's names for what the loss has summed up over a window: means over trained tokens, loss over steps.
+
+    clip_ratio/* are shares of tokens; low_min and high_max extremes over micro-batches. mismatch_kl estimates
+    KL(sampler || trainer) in nats a token; sampling/sampling_logp_difference/* are absolute, in nats.
+    """
+    tokens = max(sums["loss_tokens"], 1.0)
+    low, high = sums["clipped_low"] / tokens, sums["clipped_high"] / tokens
+    lowest = sums["clipped_low_min"]
+    return {
+        "loss": sums["loss"] / steps,
+        "entropy": sums["entropy"] / tokens,
+        **({"kl": sums["kl"] / tokens} if "kl" in sums else {}),
+        "clip_ratio/low_mean": low,
+        "clip_ratio/low_min": lowest if math.isfinite(lowest) else 0.0,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/high_max": max(sums["clipped_high_max"], 0.0),
+        "clip_ratio/region_mean": low + high,
+        "mismatch_kl": sums["mismatch"] / tokens,
+        "sampling/sampling_logp_difference/mean": sums["logp_difference"] / tokens,
+        "sampling/sampling_logp_difference/max": max(sums["logp_difference_max"], 0.0),
+    }

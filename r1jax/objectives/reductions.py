@@ -41,5 +41,5 @@ def micro_batch_mean(
 
 
 def constant_length(loss_tokens: Float[np.ndarray, " S"], max_completion_length: int) -> Float[np.ndarray, " S"]:
-    """`loss_type: dr_grpo`: sums over tokens divided by the same number for every sequence (Dr. GRPO, Liu et al. 2025)."""
+    """`loss_type: dr_grpo`: sums over tokens over the same number for every sequence (Dr. GRPO, Liu et al. 2025)."""
     return np.full(loss_tokens.shape, 1.0 / (max(len(loss_tokens), 1) * max_completion_length))

@@ -69,9 +69,12 @@ def run(
             recorder.add(given.step + 1, metrics, given.num_tokens, given.flops, given.metrics)
             pending = None
 
+    def now() -> TrainState:
+        return state
+
     done = saved = int(state.step)
     with on_sigterm() as requested:
-        for given in inputs(lambda: state):
+        for given in inputs(now):
             # A stray host array here would be a transfer, and a wait, in every step.
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, given.batch)

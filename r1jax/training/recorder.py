@@ -23,6 +23,12 @@ from r1jax.trackers.open import Trackers
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = (
+    *("loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy"),
+    *("reward", "eval_reward", "completions/mean_length", "learning_rate"),
+)
+"""Metrics that the log has in words."""
+
 
 Report = Callable[[Mapping[str, float], int], dict[str, float]]
 """(the loss and its sums over a window, steps in the window) -> metrics by the names that they are logged under."""
@@ -177,8 +183,7 @@ class Recorder:
         self.last.update(metrics)
         self.trackers.log(step, metrics)
         if jax.process_index() == 0:
-            shown = ("loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy", "reward", "eval_reward", "learning_rate")
-            words = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
+            words = [f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics]
             if "tokens_per_second" in metrics:
                 words.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
             logger.info("step %d/%d  %s", step, self._num_steps, "  ".join(words))

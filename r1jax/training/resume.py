@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,23 @@ def restore(start: Start, own: Checkpoints, layout: StateLayout, plan: str) -> T
 
     Raises `UserError` when it was saved without its optimizer or its rows came in another order (`plan`).
     """
+    return restore_beside(start, own, layout, plan, {})[0]
+
+
+def restore_beside(
+    start: Start, own: Checkpoints, layout: StateLayout, plan: str, beside: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, Any]]:
+    """(the state as `restore` gives it, the trees that the checkpoint holds beside it); beside: what these are like."""
     if start.metadata.get("plan", plan) != plan:
-        rule = "the data, max_length, packing, seed and batch size that the checkpoint was trained with"
+        rule = "the data, lengths, packing, seed and batch size that the checkpoint was trained with"
         raise need("resume_from_checkpoint", rule, "others", "restore these keys, or choose another output_dir")
     if start.metadata.get("save_only_model"):
         advice = "set save_only_model: false in runs that are to be resumed, or resume_from_checkpoint: false"
         raise need("resume_from_checkpoint", "a checkpoint with optimizer state", "one without", advice)
     logger.info("restoring step %d", start.step)
-    saved, _ = start.checkpoints.restore(start.step, layout.abstract.as_dict())
+    saved, _ = start.checkpoints.restore(start.step, {**layout.abstract.as_dict(), **beside})
     jax.block_until_ready(saved)
     logger.info("restored")
     if start.checkpoints.directory == own.directory:
         own.discard_after(start.step)
-    return TrainState(**saved)
+    return TrainState(**{name: saved.pop(name) for name in layout.abstract.as_dict()}), saved

@@ -277,7 +277,7 @@ def test_grpo_recipe_loads(load, name):
     resolved = load(COMMON + GRPO_COMMON + GRPO[name])
     assert resolved.config.run.task == "grpo"
     assert resolved.origins["task"] == "inferred"
-    assert resolved.config.sampling.rollout_engine == "vllm"
+    assert resolved.config.vllm.rollout_engine == "vllm"
     assert resolved.config.sampling.log_completions
 
 
@@ -318,6 +318,6 @@ def test_every_key_of_every_recipe_is_known(load):
 
 def test_a_recipe_can_sample_without_a_server(load):
     resolved = load(COMMON + GRPO_COMMON + GRPO["Qwen2.5-1.5B code"], "--rollout_engine", "jax")
-    assert resolved.config.sampling.rollout_engine == "jax"
+    assert resolved.config.vllm.rollout_engine == "jax"
     notes = dict(resolved.ignored)
     assert notes["use_vllm"] == notes["vllm_gpu_memory_utilization"] == "rollout_engine is jax: no vLLM server is used"

@@ -63,7 +63,7 @@ def test_values_that_follow_from_others():
     assert (reporting.do_eval, reporting.eval_steps, reporting.eval_packing) == (True, 5, True)
     assert {resolved.origins[key] for key in ("do_eval", "eval_steps", "eval_packing")} == {"inferred"}
     assert config.resolve(BASE | {"packing": True, "eval_packing": False}).config.reporting.eval_packing is False
-    assert config.resolve(BASE | {"use_vllm": True}).config.sampling.rollout_engine == "vllm"
+    assert config.resolve(BASE | {"use_vllm": True}).config.vllm.rollout_engine == "vllm"
 
 
 def test_overruled_keys_are_reported():

@@ -48,7 +48,7 @@ def test_defaults_are_those_of_trl_018():
     )
     sampling = grpo.sampling
     assert (sampling.num_generations, sampling.max_prompt_length, sampling.max_completion_length) == (8, 512, 256)
-    assert (sampling.temperature, sampling.rollout_engine) == (1.0, "jax")
+    assert (sampling.temperature, grpo.vllm.rollout_engine) == (1.0, "jax")
     assert grpo.rewards.reward_funcs == ("accuracy", "format", "tag_count")
 
 

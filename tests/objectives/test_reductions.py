@@ -1,6 +1,12 @@
 import numpy as np
 
-from r1jax.objectives.reductions import nll_mean, token_sum
+from r1jax.objectives.reductions import (
+    constant_length,
+    micro_batch_mean,
+    nll_mean,
+    sequence_mean,
+    token_sum,
+)
 
 
 def test_every_token_of_the_step_weighs_the_same():
@@ -24,3 +30,25 @@ def test_accumulation_divides_sums_not_means():
 def test_nothing_to_train_on_weighs_nothing_odd():
     assert np.isfinite(nll_mean(np.asarray([0.0, 0.0]))).all()
     assert nll_mean(np.asarray([])).shape == (0,)
+
+
+COUNTS = np.asarray([2.0, 4.0, 0.0, 6.0])
+"""Trained tokens of four sequences, one of them masked."""
+
+
+def test_loss_type_grpo_is_a_mean_of_means():
+    """Losses of 1 a token: each sequence's mean is 1, the masked one's 0: 3/4."""
+    weights = sequence_mean(COUNTS)
+    np.testing.assert_allclose(weights, [1 / 8, 1 / 16, 1 / 4, 1 / 24])
+    assert (weights * COUNTS).sum() == 0.75
+
+
+def test_loss_type_bnpo_is_a_mean_over_micro_batches():
+    """Micro-batches of 2 + 4 and 0 + 6 tokens: 1/6 each over two."""
+    np.testing.assert_allclose(micro_batch_mean(COUNTS, np.asarray([0, 0, 1, 1])), [1 / 12] * 4)
+    np.testing.assert_allclose(micro_batch_mean(COUNTS, np.asarray([0, 1, 0, 1])), [1 / 4, 1 / 20, 1 / 4, 1 / 20])
+    np.testing.assert_allclose(micro_batch_mean(COUNTS, np.zeros(4, int)), nll_mean(COUNTS))
+
+
+def test_loss_type_dr_grpo_divides_by_the_longest_whatever_the_lengths():
+    np.testing.assert_allclose(constant_length(COUNTS, 10), [1 / 40] * 4)

@@ -132,7 +132,7 @@ def test_state_comes_back_on_another_mesh(tmp_path, state, laid_out):
 @pytest.mark.parametrize(
     ("about", "rule"),
     [
-        ({"plan": "another"}, "need the data, max_length, packing, seed and batch size that the checkpoint was .*"),
+        ({"plan": "another"}, "need the data, lengths, packing, seed and batch size that the checkpoint was .*"),
         ({"save_only_model": True}, "need a checkpoint with optimizer state, got one without; set save_only_model"),
     ],
 )

@@ -1,0 +1,1 @@
+"""From prompts to what a policy is trained on: rollouts are made, rewarded, compared within their group, and packed."""

@@ -1,0 +1,288 @@
+"""GRPO, assembled: a checkpoint, prompts and rewards come in, a policy that earns more of them leaves.
+
+prompts -> rollouts -> rewards -> advantages -> PackedBatch -> step
+   ^                                                            |
+   +---------------------- weights, version + 1 <---------------+
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from r1jax.checkpoints.orbax import FOLDER, Checkpoints
+from r1jax.config import RunConfig, to_yaml
+from r1jax.config.errors import need
+from r1jax.data.prompts import Prompts, longest_answerable, read_prompts
+from r1jax.data.sources import load_split
+from r1jax.experience import storage
+from r1jax.experience.batches import Geometry, make_geometry
+from r1jax.experience.collect import Collector
+from r1jax.experience.generations import Generations, Packer, Weigh
+from r1jax.experience.observer import Observer
+from r1jax.experience.plan import GenerationPlan, make_generation_plan
+from r1jax.experience.report import experience_metrics
+from r1jax.models.flops import mean_visible_keys, train_flops_per_token
+from r1jax.objectives import reductions
+from r1jax.objectives.grpo import Surrogate, make_policy_loss, make_scorer, make_statistics, policy_metrics
+from r1jax.optimizer import make_schedule
+from r1jax.rewards.grading import Graders
+from r1jax.rewards.registry import Reward, check_columns, make_rewards
+from r1jax.rollout.engine import RolloutEngine
+from r1jax.sharding.constraints import make_constrain
+from r1jax.sharding.mesh import data_shards, make_mesh
+from r1jax.training import loop
+from r1jax.training.cadence import make_cadence
+from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
+from r1jax.training.profiling import profiled
+from r1jax.training.recorder import Recorder
+from r1jax.training.reference import Reference
+from r1jax.training.resume import Start, find_start, restore_beside
+from r1jax.training.saving import make_save, open_recorder
+from r1jax.training.source import Source, export_model, first_params, read_source
+from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
+from r1jax.training.step import make_score_step, make_train_step
+
+EVALUATION = 2**30
+"""Added to the step of evaluation's random numbers: it draws others than training."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is asked, what earns, and in what order."""
+
+    train: Prompts
+    held_out: Prompts | None
+    rewards: tuple[Reward, ...]
+    plan: GenerationPlan
+    geometry: Geometry
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for runs whose steps ask the same."""
+        return f"{self.plan.fingerprint}-{self.train.fingerprint}"
+
+
+def run(config: RunConfig) -> None:
+    """Trains, evaluates, saves and exports into config.run.output_dir; goes on where an earlier run stopped."""
+    output_dir = Path(config.run.output_dir)
+    source = read_source(config)
+    # 1. Everything that can be refused is refused before a device holds anything.
+    mesh = make_mesh(config.mesh)
+    task = read_task(config, source, data_shards(mesh))
+    layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
+    checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit)
+    with contextlib.closing(checkpoints):
+        start = find_start(config.run, checkpoints)
+        # 2. The estimate comes before the compiler has its say.
+        estimate = estimate_memory(config, source.decoder, layout, task.geometry.row_length)
+        # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
+        state, reference, kept = begin(config, source, layout, task, start, checkpoints)
+        if jax.process_index() == 0:
+            (output_dir / "config.yaml").write_text(to_yaml(config))
+        # 4. Training, then the model as others read it.
+        recorder = open_recorder(config, task.plan, policy_metrics, start.metadata if start else {})
+        with contextlib.closing(recorder), out_of_memory_named(estimate), open_graders(config, task) as graders:
+            collector = make_collector(config, source, layout, task, graders)
+            state, done = train_policy(
+                config, source, layout, task, collector, state, reference, kept, recorder, checkpoints
+            )
+        if done < task.plan.num_steps:
+            return
+    export_model(config, source, state, recorder, done)
+
+
+def read_task(config: RunConfig, source: Source, shards: int) -> Task:
+    """Prompts, rewards and the plan; raises `UserError` for whatever does not fit together."""
+    if config.vllm.rollout_engine != "jax":
+        advice = "a vLLM server cannot be used yet: --rollout_engine jax samples on the trainer's own devices"
+        raise need("rollout_engine", "jax", config.vllm.rollout_engine, advice)
+    rewards = make_rewards(config.rewards, config.code_rewards)
+    evaluates = config.reporting.do_eval or config.reporting.eval_strategy != "no"
+    prompts = {}
+    for which in ("train", "test") if evaluates else ("train",):
+        rows = load_split(config.data, which, config.mixture)
+        prompts[which] = read_prompts(rows, config.data, config.sampling, source.tokenizer)
+        check_columns(rewards, rows.column_names)
+    limits = (config.sampling.max_completion_length, source.decoder.max_position_embeddings)
+    longest = max(longest_answerable(found, *limits) for found in prompts.values())
+    plan = make_generation_plan(config, len(prompts["train"]), shards)
+    geometry = make_geometry(
+        longest=longest,
+        shortest=int(prompts["train"].lengths.min()) + 1,
+        num_sequences=plan.completions_per_step,
+        per_device=config.batch.per_device_train_batch_size,
+        shards=shards,
+    )
+    return Task(train=prompts["train"], held_out=prompts.get("test"), rewards=rewards, plan=plan, geometry=geometry)
+
+
+def begin(
+    config: RunConfig, source: Source, layout: StateLayout, task: Task, start: Start | None, own: Checkpoints
+) -> tuple[TrainState, Reference | None, dict[int, Any]]:
+    """(the state, the reference if there is a KL term, the batches that a checkpoint has kept for its next steps)."""
+    reference, params = None, None
+    if start is None or config.grpo.beta:
+        params = first_params(config, source, layout)
+    if config.grpo.beta:
+        reference = Reference(params, config.grpo, layout, config.model.compute_dtype)
+    if start is None:
+        return start_state(params, config.optimizer, layout), reference, {}
+    del params
+    beside = {
+        **(reference.abstract() if reference else {}),
+        **storage.abstract(start.metadata, layout.batch),
+    }
+    state, trees = restore_beside(start, own, layout, task.fingerprint, beside)
+    if reference:
+        reference.take(trees)
+    return state, reference, storage.restored(trees, start.metadata)
+
+
+def open_graders(config: RunConfig, task: Task) -> Graders:
+    """The processes that score completions."""
+    settings = config.rewards
+    return Graders(
+        task.rewards,
+        num_workers=settings.reward_num_workers,
+        timeout=settings.reward_timeout,
+        memory_limit=settings.reward_memory_limit,
+    )
+
+
+def make_weigh(config: RunConfig) -> Weigh:
+    """How `loss_type` weighs a token."""
+    longest = config.sampling.max_completion_length
+    return {
+        "grpo": lambda counts, _: reductions.sequence_mean(counts),
+        "bnpo": reductions.micro_batch_mean,
+        "dr_grpo": lambda counts, _: reductions.constant_length(counts, longest),
+        "dapo": lambda counts, _: reductions.nll_mean(counts),
+    }[config.objective.loss_type]
+
+
+def make_collector(config: RunConfig, source: Source, layout: StateLayout, task: Task, graders: Graders) -> Collector:
+    """What samples and scores."""
+    return Collector(
+        engine=open_engine(config, source, layout),
+        graders=graders,
+        tokenizer=source.tokenizer,
+        reward_names=tuple(reward.name for reward in task.rewards),
+        reward_weights=config.rewards.reward_weights,
+        scaling=config.grpo.scaling,
+    )
+
+
+def open_engine(config: RunConfig, source: Source, layout: StateLayout) -> RolloutEngine:
+    """The embedded engine on the trainer's devices."""
+    raise NotImplementedError
+
+
+def train_policy(
+    config: RunConfig,
+    source: Source,
+    layout: StateLayout,
+    task: Task,
+    collector: Collector,
+    state: TrainState,
+    reference: Reference | None,
+    kept: dict[int, Any],
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, int]:
+    """(the final state, updates done)."""
+    plan, output_dir = task.plan, Path(config.run.output_dir)
+    statistics = make_statistics(
+        source.decoder,
+        temperature=config.sampling.temperature,
+        dtype=config.model.compute_dtype,
+        remat=remat_of(config),
+        chunk=config.model.loss_chunk_size,
+        constrain=make_constrain(layout.mesh, layout.specs),
+        mesh=layout.mesh,
+    )
+    loss = make_policy_loss(statistics, make_surrogate(config))
+    step = make_train_step(
+        loss, config.optimizer, make_schedule(config.optimizer, plan.num_steps), layout, skip_empty=True
+    )
+    cadence = make_cadence(config, plan.num_steps, plan.num_steps_per_epoch)
+    observer = Observer(config, output_dir, collector, task.train, cadence.logs, start_step=int(state.step))
+    generations = Generations(
+        plan=plan,
+        prompts=task.train,
+        collector=collector,
+        packer=Packer(
+            geometry=task.geometry,
+            sharding=layout.batch,
+            weigh=make_weigh(config),
+            masks_truncated=config.grpo.mask_truncated_completions,
+        ),
+        score=make_score_step(make_scorer(statistics), layout),
+        reference=None if reference is None else lambda: reference.params,
+        observe=observer.observe,
+        kept=kept,
+    )
+
+    def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
+        for index in range(int(state.step), plan.num_steps):
+            if reference is not None:
+                reference.follow(index, now().params)
+            ready, metrics = generations.ready(index, now().params)
+            tokens = sum(ready.lengths)
+            yield loop.StepInput(
+                step=index,
+                batch=ready.batch,
+                num_tokens=tokens,
+                flops=tokens * train_flops_per_token(source.decoder, mean_visible_keys(ready.lengths)),
+                metrics={**metrics, "packing_efficiency": ready.efficiency},
+            )
+
+    def beside(done: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        trees, metadata = storage.stored(generations.kept)
+        return {**trees, **(reference.trees() if reference else {})}, metadata
+
+    def measure(now: TrainState) -> dict[str, float]:
+        return evaluate_policy(config, task, collector, now)
+
+    if config.reporting.eval_on_start and task.held_out is not None and int(state.step) == 0:
+        recorder.emit(0, measure(state))
+    return loop.run(
+        state,
+        lambda now: profiled(inputs(now), config.run.profiled_steps(), output_dir / "profile"),
+        step,
+        cadence=cadence,
+        recorder=recorder,
+        tasks=loop.Tasks(
+            evaluate=measure if task.held_out is not None else None,
+            save=make_save(config, source, checkpoints, recorder, task.fingerprint, beside),
+        ),
+    )
+
+
+def make_surrogate(config: RunConfig) -> Surrogate:
+    """The loss that the keys ask for."""
+    grpo = config.grpo
+    return Surrogate(
+        epsilon=grpo.epsilon,
+        epsilon_high=grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high,
+        delta=grpo.delta,
+        beta=grpo.beta,
+        level=grpo.importance_sampling_level,
+    )
+
+
+def evaluate_policy(config: RunConfig, task: Task, collector: Collector, now: TrainState) -> dict[str, float]:
+    """The metrics of num_generations_eval completions of each held-out prompt, eval_ before their names."""
+    assert task.held_out is not None
+    started, done = time.perf_counter(), int(now.step)
+    collector.engine.sync(now.params, done)
+    size = config.sampling.num_generations_eval or config.sampling.num_generations
+    about = {"global_step": done, "max_steps": task.plan.num_steps}
+    everything = range(len(task.held_out))
+    experience = collector.collect(task.held_out, everything, size, step=EVALUATION + done, log_of=about)
+    metrics = {f"eval_{name}": value for name, value in experience_metrics(experience).items()}
+    return {**metrics, "eval_runtime": time.perf_counter() - started}

@@ -1,0 +1,261 @@
+"""The loss against a plain reference: sequences one by one in numpy, gradients worked out by hand."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.batch import PackedBatch
+from r1jax.models.config import DecoderConfig
+from r1jax.models.parameters import init_params
+from r1jax.models.transformer import forward, logits
+from r1jax.objectives.grpo import Surrogate, make_policy_loss, make_statistics, policy_metrics
+
+CONFIG = DecoderConfig(
+    vocab_size=48, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    norm_eps=1e-6, rope_theta=1e4, tied_embeddings=True, initializer_range=0.2,
+)  # fmt: skip
+LENGTHS = (9, 5, 12, 4, 7)
+PROMPT = 2
+TEMPERATURE = 0.7
+TOLERANCE = 1e-5  # float32; values and gradients are of order 0.01 to 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """A prompt of two tokens and a completion."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    advantage: float
+    weight: float
+    old: np.ndarray
+    ref: np.ndarray
+    sampler: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+@jax.jit
+def plain_logprobs(params, tokens):
+    """Of each token but the first, from all logits of one sequence alone."""
+    positions = jnp.arange(len(tokens))[None]
+    layout = PackedBatch(
+        tokens=tokens[None], positions=positions, segment_ids=jnp.ones_like(positions), loss_mask=None, loss_weight=None
+    ).layout
+    scores = logits(params, forward(params, tokens[None], layout, CONFIG))[0] / TEMPERATURE
+    return jnp.take_along_axis(jax.nn.log_softmax(scores)[:-1], tokens[1:, None], axis=1)[:, 0]
+
+
+@pytest.fixture(scope="module")
+def sequences(params) -> list[Sequence]:
+    """Old log-probabilities up to 0.8 away, so that every branch of the clip occurs; one sequence is masked."""
+    rng = np.random.default_rng(3)
+    made = []
+    for number, length in enumerate(LENGTHS):
+        tokens = rng.integers(0, 48, length).astype(np.int32)
+        now = np.concatenate([[0.0], plain_logprobs(params, jnp.asarray(tokens))])
+        mask = (np.arange(length) >= PROMPT) * (number != 3)
+        others = [now + scale * rng.uniform(-1, 1, length) for scale in (0.8, 0.5, 0.01)]
+        made.append(Sequence(tokens, mask, rng.normal(), rng.uniform(0.01, 0.1), *others))
+    return made
+
+
+def pack(sequences: list[Sequence], rows: list[list[int]], row_length: int) -> PackedBatch:
+    shape = (len(rows), row_length)
+    integers = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids", "loss_mask")}
+    names = ("loss_weight", "advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs")
+    floats = {name: np.zeros(shape, np.float32) for name in names}
+    for at, row in enumerate(rows):
+        start = 0
+        for segment, number in enumerate(row, start=1):
+            one = sequences[number]
+            span = (at, slice(start, start + len(one.tokens)))
+            integers["tokens"][span], integers["positions"][span] = one.tokens, np.arange(len(one.tokens))
+            integers["segment_ids"][span], integers["loss_mask"][span] = segment, one.mask
+            values = (one.mask * one.weight, one.mask * one.advantage, one.old, one.ref, one.sampler)
+            for name, value in zip(names, values, strict=True):
+                floats[name][span] = value
+            start += len(one.tokens)
+    return PackedBatch(**integers, **floats, max_segments=4)
+
+
+PACKED = [[0, 1, 3], [2, 4]]
+
+
+def reference(sequences: list[Sequence], now: list[np.ndarray], s: Surrogate) -> tuple[float, list[np.ndarray]]:
+    """(loss, d loss / d log-probability of each token), float64."""
+    total, slopes = 0.0, []
+    for one, lp in zip(sequences, now, strict=True):
+        slope = np.zeros(len(lp))
+        trained = np.flatnonzero(one.mask)
+        d = lp - one.old
+        n = max(len(trained), 1)
+        for t in trained:
+            w = np.exp(d[t] if s.level == "token" else d[trained].mean())
+            free = w if s.delta is None else min(w, s.delta)
+            clipped = min(max(w, 1 - s.epsilon), 1 + s.epsilon_high)
+            total -= one.weight * min(free * one.advantage, clipped * one.advantage)
+            moves = free == w if free * one.advantage <= clipped * one.advantage else clipped == w
+            # All tokens of a sequence share its ratio, each a 1/n of it; they weigh the same.
+            slope[t] -= one.weight * one.advantage * w * moves
+            away = one.ref[t] - lp[t]
+            total += one.weight * s.beta * (np.exp(away) - away - 1)
+            slope[t] += one.weight * s.beta * (1 - np.exp(away))
+        assert n
+        slopes.append(slope)
+    return total, slopes
+
+
+CASES = [
+    Surrogate(epsilon=0.2, epsilon_high=high, beta=beta, delta=delta, level=level)
+    for high, beta, delta, level in itertools.product((0.2, 0.35), (0.0, 0.3), (None, 1.5), ("token", "sequence"))
+]
+
+
+@pytest.fixture(scope="module")
+def now(params, sequences) -> list[np.ndarray]:
+    """The policy's log-probabilities, 0 for the first token."""
+    return [np.concatenate([[0.0], plain_logprobs(params, jnp.asarray(one.tokens))]) for one in sequences]
+
+
+def given(params, batch):
+    """Statistics that are the parameters: what the loss does with them has no model in it."""
+    return params, jnp.zeros_like(params)
+
+
+def lie(values: list[np.ndarray], rows: list[list[int]], row_length: int) -> np.ndarray:
+    """One value a token, where `pack` puts the tokens."""
+    found = np.zeros((len(rows), row_length), np.float32)
+    for at, row in enumerate(rows):
+        joined = np.concatenate([values[number] for number in row])
+        found[at, : len(joined)] = joined
+    return found
+
+
+@pytest.mark.parametrize("surrogate", CASES)
+def test_loss_and_gradients_are_those_of_the_plain_reference(sequences, now, surrogate):
+    expected, slopes = reference(sequences, now, surrogate)
+    compute = jax.value_and_grad(make_policy_loss(given, surrogate), has_aux=True)
+    (value, _), found = compute(
+        jnp.asarray(lie(now, PACKED, 32)), jax.tree.map(jnp.asarray, pack(sequences, PACKED, 32))
+    )
+    np.testing.assert_allclose(value, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(found, lie(slopes, PACKED, 32), atol=TOLERANCE)
+    assert np.abs(found).max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    statistics = make_statistics(CONFIG, temperature=TEMPERATURE, chunk=11)
+
+    @functools.cache
+    def make(surrogate: Surrogate):
+        return jax.jit(jax.value_and_grad(make_policy_loss(statistics, surrogate), has_aux=True))
+
+    return make
+
+
+def test_the_gradient_reaches_the_parameters(params, sequences, now, gradients):
+    """The slopes of the reference, pulled back through each sequence alone."""
+    surrogate = Surrogate(beta=0.1)
+    expected, slopes = reference(sequences, now, surrogate)
+
+    def total(p):
+        return sum(
+            jnp.sum(plain_logprobs(p, jnp.asarray(one.tokens)) * slope[1:].astype(np.float32))
+            for one, slope in zip(sequences, slopes, strict=True)
+        )
+
+    (value, _), found = gradients(surrogate)(params, pack(sequences, PACKED, 32))
+    np.testing.assert_allclose(value, expected, atol=TOLERANCE)
+    assert_close(found, jax.grad(total)(params))
+
+
+def assert_close(found, wanted) -> None:
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert float(jnp.linalg.norm(one - other)) <= TOLERANCE * max(1.0, float(jnp.linalg.norm(other)))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_packing_and_padding_change_nothing(params, sequences, gradients, level):
+    compute = gradients(Surrogate(beta=0.1, level=level))
+    (value, sums), wanted = compute(params, pack(sequences, PACKED, 32))
+    (other, others), found = compute(params, pack(sequences, [[number] for number in range(5)] + [[]], 40))
+    np.testing.assert_allclose(other, value, rtol=1e-5)
+    for name in sums:
+        if not name.endswith(("_min", "_max")):
+            np.testing.assert_allclose(others[name], sums[name], rtol=1e-4, atol=1e-5)
+    assert_close(found, wanted)
+
+
+def test_the_first_step_on_new_completions(params, sequences, gradients):
+    """Without old log-probabilities the ratio is 1: the loss is -sum(w A), nothing is clipped, and the gradient is that
+    of the log-likelihood weighted with the advantages."""
+    batch = dataclasses.replace(pack(sequences, PACKED, 32), old_logprobs=None)
+    (value, sums), found = gradients(Surrogate())(params, batch)
+    expected = -sum(one.weight * one.advantage * one.mask.sum() for one in sequences)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert float(sums["clipped_low"]) == float(sums["clipped_high"]) == 0.0
+
+    def likelihood(p):
+        return sum(
+            -one.weight
+            * one.advantage
+            * jnp.sum(plain_logprobs(p, jnp.asarray(one.tokens)) * one.mask[1:].astype(np.float32))
+            for one in sequences
+        )
+
+    assert_close(found, jax.grad(likelihood)(params))
+
+
+def test_what_is_summed_by_hand(params, sequences, now, gradients):
+    """Clip counts, the divergence from the reference and from the sampler, over trained tokens only."""
+    surrogate = Surrogate(beta=0.1)
+    (_, sums), _ = gradients(surrogate)(params, pack(sequences, PACKED, 32))
+    mask = np.concatenate([one.mask for one in sequences]) == 1
+    lp, old, ref, sampler = (
+        np.concatenate(x)[mask]
+        for x in (now, *([getattr(one, name) for one in sequences] for name in ("old", "ref", "sampler")))
+    )
+    advantages = np.concatenate([np.full(len(one.tokens), one.advantage) for one in sequences])[mask]
+    ratio, away, apart = np.exp(lp - old), ref - lp, old - sampler
+    assert float(sums["loss_tokens"]) == mask.sum()
+    assert float(sums["clipped_low"]) == ((ratio < 0.8) & (advantages < 0)).sum() > 0
+    assert float(sums["clipped_high"]) == ((ratio > 1.2) & (advantages > 0)).sum() > 0
+    np.testing.assert_allclose(sums["kl"], (np.exp(away) - away - 1).sum(), rtol=1e-4)
+    np.testing.assert_allclose(sums["mismatch"], (np.exp(apart) - apart - 1).sum(), rtol=1e-4)
+    np.testing.assert_allclose(sums["logp_difference_max"], np.abs(apart).max(), rtol=1e-4)
+    metrics = policy_metrics({"loss": 6.0, **{name: float(value) for name, value in sums.items()}}, 3)
+    assert metrics["loss"] == 2.0
+    np.testing.assert_allclose(
+        metrics["clip_ratio/region_mean"], (sums["clipped_low"] + sums["clipped_high"]) / mask.sum()
+    )
+
+
+def test_nothing_to_train_on_gives_no_gradient(params, sequences, gradients):
+    nothing = [dataclasses.replace(one, mask=0 * one.mask) for one in sequences]
+    (value, sums), found = gradients(Surrogate(beta=0.1, level="sequence"))(params, pack(nothing, PACKED, 32))
+    assert float(value) == 0.0 and all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(found))
+    assert all(
+        np.isfinite(v) for v in policy_metrics({"loss": 0.0, **{k: float(v) for k, v in sums.items()}}, 1).values()
+    )
+
+
+def test_entropy_and_logprobs_are_at_the_temperature(params, sequences):
+    """The entropy of softmax(logits / T), at the token that is drawn from it."""
+    one = sequences[0]
+    batch = pack([one], [[0]], 16)
+    logprobs, entropy = jax.jit(make_statistics(CONFIG, temperature=TEMPERATURE))(params, batch)
+    layout = jax.tree.map(jnp.asarray, pack([one], [[0]], 9).layout)
+    scores = logits(params, forward(params, jnp.asarray(one.tokens)[None], layout, CONFIG))[0]
+    p = jax.nn.softmax(scores / TEMPERATURE)
+    np.testing.assert_allclose(entropy[0, 1:9], -(p * jnp.log(p)).sum(-1)[:8], rtol=1e-5)
+    np.testing.assert_allclose(logprobs[0, 1:9], plain_logprobs(params, jnp.asarray(one.tokens)), rtol=1e-5)
