@@ -1,7 +1,7 @@
 """Whether an answer is right, by math-verify: as open-r1 asks it, and asked with care for what the gold answer is.
 
-math-verify interrupts itself after 5 seconds of parsing or comparing, by SIGALRM, so it works in a main thread only; what
-that cannot interrupt (one long integer operation) is ended by the deadline of `grading.py`.
+math-verify interrupts itself after 5 seconds of parsing or comparing and then finds nothing, or no equality. It does so
+by SIGALRM, so it works in a main thread only; what that cannot interrupt ends at the deadline of `grading.py`.
 """
 
 import functools
@@ -20,6 +20,7 @@ _PROSE = re.compile(r"(?<![\\\w])[^\W\d_]{2,} +[^\W\d_]{2,}(?!\w)")
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
+@functools.lru_cache(maxsize=256)  # the completions of a prompt share it
 def parse_gold(solution: str, *, latex_only: bool) -> Parsed:
     """The gold answer as open-r1 reads it: LaTeX, and plain expressions too unless `latex_only`."""
     return _parse(solution, "latex" if latex_only else "both")
@@ -39,22 +40,22 @@ def same(gold: Parsed, answer: Parsed) -> bool:
     return bool(verify(gold, answer))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=8)
 def is_right(solution: str, answer: str) -> bool | None:
     """Whether an answer (with what a template had opened of it) holds the gold one; None where that is unreadable.
 
     The gold answer is read whole (`parse_whole`). The answer is looked for in the last <answer> block, and there a bare
     one counts; without a block, after the last </think>, where it must be boxed or announced, as in open-r1. Reasoning
-    that is not closed has no answer. Cached, as several rewards ask it of the same completion.
+    that is not closed has no answer. Cached, as several rewards ask it of one completion.
     """
-    gold = parse_whole(solution)
+    gold = parse_whole(solution, gold=True)
     if not gold:
         return None
     final = final_part(answer)
     if final is None:
         return False
     blocks = _ANSWER_BLOCK.findall(final)
-    found = parse_whole(blocks[-1]) if blocks else parse_answer(final, all_boxed=True)
+    found = parse_whole(blocks[-1], gold=False) if blocks else parse_answer(final, all_boxed=True)
     return same(gold, found)
 
 
@@ -66,24 +67,25 @@ def final_part(answer: str) -> str | None:
     return after if closed else answer
 
 
-def parse_whole(text: str) -> Parsed:
+@functools.lru_cache(maxsize=256)
+def parse_whole(text: str, *, gold: bool) -> Parsed:
     """An answer that is nothing but the answer, so that also A, 2:3 and 10^{3} are read; empty where nothing is found.
 
     math-verify looks for an answer in a text: in a bare one it finds nothing (A), or the first number (2 of 2:3, 10 of
-    10^{3}). Here such a text counts as boxed, words as one \\text{}; sentences are left to math-verify.
+    10^{3}). Here such a text counts as boxed, words as one \\text{}. A gold answer may be malformed (\\frac12), or a
+    sentence that math-verify finds a number in; a completion's may not.
     """
-    text = text.strip()
+    text, boxed = text.strip(), "latex" if gold else "answer"
     if _DELIMITED.search(text):
-        return _parse(text, "block")
+        return _parse(text, "both" if gold else "block")
     bare = text.removesuffix(".").strip()
     if len(bare) > 1 and _WORDS.fullmatch(bare):
-        return _parse(rf"\boxed{{\text{{{bare}}}}}", "answer")
-    found = [] if _PROSE.search(bare) or not bare else _parse(rf"\boxed{{{bare}}}", "answer")
+        return _parse(rf"\boxed{{\text{{{bare}}}}}", boxed)
+    found = [] if _PROSE.search(bare) or not bare else _parse(rf"\boxed{{{bare}}}", boxed)
     # text alone means that it is no LaTeX
-    return found if len(found) > 1 else _parse(text, "both")
+    return _parse(text, "both") if gold and len(found) < 2 else found
 
 
-@functools.lru_cache(maxsize=1024)
 def _parse(text: str, how: Literal["latex", "both", "answer", "unboxed", "block"]) -> Parsed:
     return parse(text, extraction_config=_configs()[how], extraction_mode="first_match")
 

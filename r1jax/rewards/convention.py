@@ -1,7 +1,7 @@
 """How a reward is called and named: open-r1's convention, which is TRL's.
 
-`f(completions, **kwargs)` gives one number or None a completion. kwargs are `prompts`, `completion_ids`, `trainer_state`,
-each dataset column as a list, and our own `prefills` and `group_ids`.
+`f(completions, **kwargs)` gives one number or None a completion. kwargs are `prompts`, `completion_ids`,
+`trainer_state`, each dataset column as a list, and our own `prefills` and `group_ids`.
 """
 
 from collections.abc import Callable, Sequence

@@ -62,8 +62,8 @@ def strict_tag_count_reward(
 ) -> list[float]:
     """A quarter for each tag that occurs once, as a line of its own; closing tags need words since their opening one.
 
-    Against tag_count: no reward for closing an empty block, nor for tags out of order, and what the template opened counts
-    as written.
+    Against tag_count: no reward for closing an empty block, nor for tags out of order, and what the template opened
+    counts as written.
     """
     return [_count_tags(text) for text in answers(completions, prefills)]
 

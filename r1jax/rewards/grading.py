@@ -1,11 +1,11 @@
-"""Completions to rewards, in processes that can be killed: one that hangs, crashes, raises or swells costs one reward."""
+"""Completions to rewards, in processes that can be killed: one that hangs, crashes, raises or swells costs one."""
 
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Graders:
         self._failed_starts = 0
         self._told: set[str] = set()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Graders":
         self._processes = [self._process() for _ in range(self._num_workers)]
         return self
 

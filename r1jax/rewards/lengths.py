@@ -9,7 +9,7 @@ from r1jax.rewards.convention import Conversations, answers, contents, named
 
 
 def latex_correct(completions: Conversations, solution: Sequence[str], **kwargs: object) -> list[bool]:
-    """Whether each answer is right, as open-r1's length and cosine ask: solutions in LaTeX only, unreadable ones true."""
+    """Whether each answer is right as open-r1's length asks it: solutions in LaTeX only, unreadable ones true."""
     return [_latex_correct(text, gold) is not False for text, gold in zip(contents(completions), solution, strict=True)]
 
 
@@ -34,10 +34,10 @@ def len_reward(
 ) -> list[float | None]:
     """0.5 for the shortest completion of the call down to -0.5 for the longest; wrong ones at most 0.
 
-    open-r1's reward (Kimi k1.5, arXiv 2501.12599, section 2.3.3), in characters. It pools the whole call, where the paper
-    has the completions of one prompt, so that hard prompts pay for their length; it reads solutions in LaTeX only and
-    takes an unreadable one, also a bare 6, for answered rightly. group_length mends these. `correct` is what
-    latex_correct says where that is known already (None: unknown, no reward).
+    open-r1's reward (Kimi k1.5, arXiv 2501.12599), in characters. It pools the whole call, where the paper has the
+    completions of one prompt, so that hard prompts pay for their length; it reads solutions in LaTeX only and takes an
+    unreadable one, also a bare 6, for answered rightly. group_length mends these. `correct` is what latex_correct says
+    where that is known already (None: unknown, no reward).
     """
     judged = latex_correct(completions, solution) if correct is None else correct
     return _by_length([len(text) for text in contents(completions)], judged)

@@ -1,8 +1,8 @@
 """The process that calls rewards, and that its parent may kill at any moment.
 
-`process.py` starts it with one end of a socket and, as standard input, a pipe that ends when the parent does. It receives
-the functions, then one `Call` after another, and answers each function of a call by itself, so that the parent knows
-which one was at work when it was killed.
+`process.py` starts it with one end of a socket and, as standard input, a pipe that ends when the parent does. It
+receives the functions, then one `Call` after another, and answers each function of a call by itself, so that the parent
+knows which one was at work when it was killed.
 """
 
 import asyncio
