@@ -23,7 +23,7 @@ LAYERS = {
     **dict.fromkeys(("config", "batch"), 0),
     "vllm_plugin": -1,
 }
-OPTIONAL = {"torch", "vllm", "wandb", "deepspeed", "e2b", "morphcloud", "tokamax"}
+OPTIONAL = {"torch", "vllm", "wandb", "deepspeed", "e2b", "morphcloud", "tokamax", "jieba"}
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
 

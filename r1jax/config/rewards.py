@@ -20,6 +20,15 @@ REWARD_NAMES = (
     "cf_code",
     "code_format",
     "soft_overlong_punishment",
+    # ours: open-r1's without their defects, and TRL's (docs/rewards.md)
+    "answer_accuracy",
+    "strict_format",
+    "think_format",
+    "strict_tag_count",
+    "reasoning_steps_by_line",
+    "clamped_cosine",
+    "group_length",
+    "strict_code_format",
 )
 
 
@@ -32,25 +41,28 @@ class RewardsConfig:
     """Weight of each of reward_funcs; null means 1 each."""
 
     cosine_min_value_wrong: float = 0.0
-    """cosine: reward of a wrong answer at length 0."""
+    """cosine, clamped_cosine: reward of a wrong answer at length 0."""
 
     cosine_max_value_wrong: float = -0.5
-    """cosine: reward of a wrong answer at length cosine_max_len."""
+    """cosine, clamped_cosine: reward of a wrong answer at length cosine_max_len."""
 
     cosine_min_value_correct: float = 0.5
-    """cosine: reward of a correct answer at length cosine_max_len."""
+    """cosine, clamped_cosine: reward of a correct answer at length cosine_max_len."""
 
     cosine_max_value_correct: float = 1.0
-    """cosine: reward of a correct answer at length 0."""
+    """cosine, clamped_cosine: reward of a correct answer at length 0."""
 
     cosine_max_len: int = 1000
-    """cosine: length in characters at which the curve ends."""
+    """cosine, clamped_cosine: length in characters at which the curve ends."""
 
     repetition_n_grams: int = 3
     """repetition_penalty: words in an n-gram."""
 
     repetition_max_penalty: float = -1.0
     """repetition_penalty: reward of a completion that only repeats itself; x <= 0."""
+
+    repetition_language: Literal["en", "zh"] = "en"
+    """repetition_penalty: words are split at spaces (en) or by jieba (zh, needs the extra of that name)."""
 
     max_completion_len: int = 16384
     """soft_overlong_punishment: length in tokens from which the punishment is full."""
@@ -90,6 +102,15 @@ def _is_function_path(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class CodeRewardsConfig:
+    reward_num_workers: int = 4
+    """Processes that compute the rewards of this trainer process, code or not."""
+
+    reward_timeout: float = 15.0
+    """Seconds for one reward of one completion (for your own functions, first for the batch); after them it has none."""
+
+    reward_memory_limit: int = 2048
+    """Memory of each reward process in MiB; a completion whose reward needs more has none."""
+
     code_language: Literal["python", "javascript", "r", "java", "bash", "cpp"] = "python"
     """Language of the code block that is scored, unless the row's language column says otherwise."""
 
@@ -109,6 +130,10 @@ class CodeRewardsConfig:
     """Sandbox of ioi_code."""
 
     def __post_init__(self) -> None:
+        at_least("reward_num_workers", self.reward_num_workers, 1, "rewards are computed in processes of their own")
+        allowed = 0 < self.reward_timeout <= 86400
+        require(allowed, "reward_timeout", "0 < x <= 86400", self.reward_timeout, "it counts seconds")
+        at_least("reward_memory_limit", self.reward_memory_limit, 256, "math-verify alone takes about 100 MiB")
         size = self.code_eval_test_batch_size
         require(size == -1 or size >= 1, "code_eval_test_batch_size", "-1 or x >= 1", size, "-1 runs all at a time")
         at_least("parallel_code_exec_per_proc", self.parallel_code_exec_per_proc, 1, "use at least one sandbox")

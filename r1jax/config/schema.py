@@ -71,7 +71,7 @@ class RunConfig:
     """GRPO: rewards and their numbers."""
 
     code_rewards: CodeRewardsConfig = field(default_factory=CodeRewardsConfig)
-    """GRPO: rewards that run code."""
+    """GRPO: the processes that compute rewards, and rewards that run code."""
 
     def __post_init__(self) -> None:
         check_source(self.data, self.mixture)
