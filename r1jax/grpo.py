@@ -145,7 +145,7 @@ def begin(
 
 def open_graders(config: RunConfig, task: Task) -> Graders:
     """The processes that score completions."""
-    settings = config.rewards
+    settings = config.code_rewards
     return Graders(
         task.rewards,
         num_workers=settings.reward_num_workers,
@@ -179,7 +179,10 @@ def make_collector(config: RunConfig, source: Source, layout: StateLayout, task:
 
 def open_engine(config: RunConfig, source: Source, layout: StateLayout) -> RolloutEngine:
     """The embedded engine on the trainer's devices."""
-    raise NotImplementedError
+    from r1jax.rollout.engine import TempEngine
+    from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
+    generation = generation_config(read_generation_config(source.directory), source.hf_config, source.tokenizer)
+    return TempEngine(source.decoder, config.sampling, stop_ids(generation.get("eos_token_id")), config.run.seed)
 
 
 def train_policy(

@@ -235,9 +235,8 @@ def test_what_is_summed_by_hand(params, sequences, now, gradients):
     np.testing.assert_allclose(sums["logp_difference_max"], np.abs(apart).max(), rtol=1e-4)
     metrics = policy_metrics({"loss": 6.0, **{name: float(value) for name, value in sums.items()}}, 3)
     assert metrics["loss"] == 2.0
-    np.testing.assert_allclose(
-        metrics["clip_ratio/region_mean"], (sums["clipped_low"] + sums["clipped_high"]) / mask.sum()
-    )
+    clipped = float(sums["clipped_low"]) + float(sums["clipped_high"])
+    np.testing.assert_allclose(metrics["clip_ratio/region_mean"], clipped / mask.sum())
 
 
 def test_nothing_to_train_on_gives_no_gradient(params, sequences, gradients):
