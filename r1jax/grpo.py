@@ -181,6 +181,7 @@ def open_engine(config: RunConfig, source: Source, layout: StateLayout) -> Rollo
     """The embedded engine on the trainer's devices."""
     from r1jax.rollout.engine import TempEngine
     from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
+
     generation = generation_config(read_generation_config(source.directory), source.hf_config, source.tokenizer)
     return TempEngine(source.decoder, config.sampling, stop_ids(generation.get("eos_token_id")), config.run.seed)
 

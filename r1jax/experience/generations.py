@@ -41,7 +41,7 @@ class Packer:
         rollouts = [experience.rollouts[number] for number in chosen]
         counts = np.asarray([self._loss_tokens(rollout) for rollout in rollouts], np.float64)
         layout = lay_out_step([len(rollout.tokens) for rollout in rollouts], self.geometry)
-        width = layout.rows_per_micro_batch
+        width = self.geometry.rows_per_micro_batch
         mine = local_rows(self.sharding, width)
         batch = build_step(
             rollouts,
@@ -49,8 +49,8 @@ class Packer:
             counts,
             self.weigh(counts, micro_batches),
             layout,
+            self.geometry,
             mine,
-            self.geometry.max_segments,
         )
         return to_devices(batch, self.sharding, width, mine), layout
 
@@ -123,7 +123,7 @@ class Generations:
                 made[key] = Ready(
                     batch=self._with_scores(batch, params),
                     lengths=tuple(len(experience.rollouts[number].tokens) for number in key),
-                    efficiency=layout.packing_efficiency,
+                    efficiency=layout.efficiency,
                 )
             self.kept[step] = made[key]
 

@@ -40,7 +40,8 @@ def is_clipped(
 def k3_divergence(log_ratio: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """exp(d) - d - 1 with d = log q - log p of a token drawn from p: an estimate of KL(p || q) that is never negative
     (Schulman, "Approximating KL divergence", 2020)."""
-    return jnp.exp(log_ratio) - log_ratio - 1
+    # expm1: of nearly equal distributions nothing is left of exp(d) - 1 in float32.
+    return jnp.expm1(log_ratio) - log_ratio
 
 
 def sequence_mean(
