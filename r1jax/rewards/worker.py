@@ -80,7 +80,7 @@ def _end_with_parent(descriptor: int) -> None:
     os.close(nothing)
 
 
-def _loaded(function: Callable[..., Any] | UserFunction) -> Callable[..., Any]:
+def _loaded(function: Callable[..., Any]) -> Callable[..., Any]:
     return function.load() if isinstance(function, UserFunction) else function
 
 
