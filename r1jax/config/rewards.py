@@ -106,7 +106,7 @@ class CodeRewardsConfig:
     """Processes that compute the rewards of this trainer process, code or not."""
 
     reward_timeout: float = 15.0
-    """Seconds that one reward of one completion may take (your own functions: first the batch), to be none after them."""
+    """Seconds that one call of a reward may take: one completion, and of your own functions first the batch."""
 
     reward_memory_limit: int = 2048
     """Memory of each reward process in MiB; a completion whose reward needs more has none."""
