@@ -106,7 +106,7 @@ class CodeRewardsConfig:
     """Processes that compute the rewards of this trainer process, code or not."""
 
     reward_timeout: float = 15.0
-    """Seconds for one reward of one completion (for your own functions, first for the batch); after them it has none."""
+    """Seconds that one call of a reward may take: one completion, and of your own functions first the batch."""
 
     reward_memory_limit: int = 2048
     """Memory of each reward process in MiB; a completion whose reward needs more has none."""
@@ -133,7 +133,9 @@ class CodeRewardsConfig:
         at_least("reward_num_workers", self.reward_num_workers, 1, "rewards are computed in processes of their own")
         allowed = 0 < self.reward_timeout <= 86400
         require(allowed, "reward_timeout", "0 < x <= 86400", self.reward_timeout, "it counts seconds")
-        at_least("reward_memory_limit", self.reward_memory_limit, 256, "math-verify alone takes about 100 MiB")
+        at_least(
+            "reward_memory_limit", self.reward_memory_limit, 256, "it counts MiB, and math-verify alone takes about 60"
+        )
         size = self.code_eval_test_batch_size
         require(size == -1 or size >= 1, "code_eval_test_batch_size", "-1 or x >= 1", size, "-1 runs all at a time")
         at_least("parallel_code_exec_per_proc", self.parallel_code_exec_per_proc, 1, "use at least one sandbox")

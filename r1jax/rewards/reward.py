@@ -14,7 +14,7 @@ class Reward:
     columns: tuple[str, ...]
     """Dataset columns that it cannot do without."""
 
-    function: "Callable[..., Any] | UserFunction"
+    function: Callable[..., Any]
     """The reward itself, picklable, in open-r1's convention (`convention.py`)."""
 
     optional_columns: tuple[str, ...] = ()
@@ -40,7 +40,10 @@ class UserFunction:
 
     path: str
 
-    def load(self) -> Callable[..., Any]:
-        """The function; raises what its module raises on import."""
+    def __call__(self, **kwargs: Any) -> Any:
+        return self.load()(**kwargs)
+
+    def load(self) -> Any:
+        """The function, if it is one; raises what its module raises on import."""
         module, _, name = self.path.partition(":")
         return getattr(importlib.import_module(module), name)

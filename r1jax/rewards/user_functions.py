@@ -25,7 +25,8 @@ def _load(path: str) -> Callable[..., Any]:
     except ImportError as error:
         raise need("reward_funcs", rule, shown(path), f"run where the module is found ({error})") from None
     except Exception as error:  # the user's module may raise anything
-        raise need("reward_funcs", rule, shown(path), f"its import raised {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())[:200]
+        raise need("reward_funcs", rule, shown(path), f"its import raised {type(error).__name__}: {said}") from error
     if not callable(function):
         raise need("reward_funcs", "module:function", shown(path), f"that is a {type(function).__name__}")
     return function

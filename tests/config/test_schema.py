@@ -202,6 +202,23 @@ GRPO_REFUSALS = [
         {"soft_punish_cache": 20000},
         "soft_punish_cache: need 1 <= x <= max_completion_len, got 20000; it counts tokens",
     ),
+    ({"reward_timeout": 0}, "reward_timeout: need 0 < x <= 86400, got 0; it counts seconds"),
+    (
+        {"reward_num_workers": 0},
+        "reward_num_workers: need x >= 1, got 0; rewards are computed in processes of their own",
+    ),
+    (
+        {"reward_memory_limit": 2},
+        "reward_memory_limit: need x >= 256, got 2; it counts MiB, and math-verify alone takes about 60",
+    ),
+    (
+        {"repetition_language": "fr"},
+        "repetition_language: need one of en, zh, got 'fr'; choose one of them",
+    ),
+    (
+        {"reward_funcs": ["strict_fromat"]},
+        "reward_funcs: need names of rewards, got 'strict_fromat'; the nearest is strict_format",
+    ),
     (
         {"code_eval_test_batch_size": 0},
         "code_eval_test_batch_size: need -1 or x >= 1, got 0; -1 runs all at a time",

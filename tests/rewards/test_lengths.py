@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from r1jax.rewards.lengths import (
@@ -8,7 +10,9 @@ from r1jax.rewards.lengths import (
     len_reward,
 )
 
-OPTIONS = dict(min_value_wrong=0.0, max_value_wrong=-0.5, min_value_correct=0.5, max_value_correct=1.0, max_len=1000)
+OPTIONS: dict[str, Any] = dict(
+    min_value_wrong=0.0, max_value_wrong=-0.5, min_value_correct=0.5, max_value_correct=1.0, max_len=1000
+)
 """open-r1's options for cosine, by their defaults."""
 
 
