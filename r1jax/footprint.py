@@ -42,6 +42,8 @@ class Workload:
     """Devices that share each layer's matrices (mesh_tensor)."""
     optim: str = "adamw_torch"
     """As configured."""
+    samples: bool = False
+    """Whether the device also samples completions (GRPO)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +64,17 @@ class Footprint:
     """One chunk of logits with its gradient, and the gradient of the vocabulary projection."""
     workload: Workload
     """What it was worked out for."""
+    reference: int = 0
+    """GRPO: the reference's weights; exact."""
+    rollouts: int = 0
+    """GRPO: weights as they are sampled with, exact, and the most that caches of keys and values may take."""
 
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by name, in the order in which they are shown."""
         fields = (field.name for field in dataclasses.fields(self) if field.name != "workload")
-        return {name.replace("_", " "): getattr(self, name) for name in fields}
+        sampling = () if self.workload.samples else ("reference", "rollouts")
+        return {name.replace("_", " "): getattr(self, name) for name in fields if name not in sampling}
 
     @property
     def total(self) -> int:
@@ -92,6 +99,8 @@ def estimate(
     optimizer_shardings: Any,
     config: DecoderConfig,
     workload: Workload,
+    reference: int = 0,
+    rollouts: int = 0,
 ) -> Footprint:
     """The footprint of a train step; params and optimizer are abstract trees, gradients have the shape of params.
 
@@ -117,6 +126,8 @@ def estimate(
         activations=activation_bytes(config, workload),
         logits=(8 * chunk * config.vocab_size + 4 * vocabulary) // workload.tensor_shards,
         workload=workload,
+        reference=reference,
+        rollouts=rollouts,
     )
 
 
@@ -211,8 +222,11 @@ def _remedies(part: str, work: Workload) -> list[tuple[str, str]]:
             (work.remat in ("none", "dots"), "gradient_checkpointing", "set true"),
             (work.remat == "attention", "remat_policy", "set full"),
             (work.rows > 1, *smaller_batch),
-            (work.rows == 1, "max_length", f"set less than {work.row_length}"),
+            (work.rows == 1 and not work.samples, "max_length", f"set less than {work.row_length}"),
+            (work.rows == 1 and work.samples, "max_completion_length", "lower it"),
         ],
+        "reference": [(True, "beta", "set 0, which needs no reference")],
+        "rollouts": [(True, "mesh_tensor", "raise it: weights are whole on each device but for that axis")],
         "logits": [(work.loss_chunk_size > 256, "loss_chunk_size", f"set {work.loss_chunk_size // 2} or less")],
     }
     sharding_helps = work.state_shards > 1

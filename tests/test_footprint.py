@@ -122,6 +122,8 @@ def test_activations_grow_with_rows_and_shrink_with_tensor_shards():
 def footprint_of(part, **work):
     sizes = dict.fromkeys(("parameters", "gradients", "optimizer", "compute_copies", "activations", "logits"), GIB)
     sizes[part] = 3 * GIB
+    if part in ("reference", "rollouts"):
+        sizes["activations"] = 0
     return Footprint(**sizes, workload=dataclasses.replace(WORK, **work))
 
 
@@ -138,6 +140,9 @@ def footprint_of(part, **work):
         ("gradients", {"state_shards": 8, "zero_stage": 1}, "zero_stage"),
         ("parameters", {"state_shards": 8, "zero_stage": 2}, "zero_stage"),
         ("logits", {"loss_chunk_size": 4096}, "loss_chunk_size"),
+        ("reference", {"samples": True}, "beta"),
+        ("rollouts", {"samples": True}, "mesh_tensor"),
+        ("activations", {"remat": "full", "rows": 1, "samples": True}, "max_completion_length"),
     ],
 )
 def test_out_of_memory_names_the_key_for_the_largest_part(part, work, key):
@@ -161,3 +166,9 @@ def test_the_table_shows_the_sum_against_the_device():
     with console.capture() as captured:
         console.print(footprint.table(footprint_of("logits"), limit=80 * GIB))
     assert "total of 80.00" in captured.get() and "8.00" in captured.get()
+
+
+def test_what_only_sampling_takes_is_shown_where_there_is_sampling():
+    assert not {"reference", "rollouts"} & footprint_of("logits").parts.keys()
+    parts = footprint_of("reference", samples=True).parts
+    assert (parts["reference"], parts["rollouts"]) == (3 * GIB, 0)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from r1jax import footprint
@@ -23,11 +24,22 @@ def remat_of(config: RunConfig) -> RematPolicy:
 
 
 def estimate_memory(
-    config: RunConfig, decoder: DecoderConfig, layout: StateLayout, row_length: int
+    config: RunConfig,
+    decoder: DecoderConfig,
+    layout: StateLayout,
+    row_length: int,
+    *,
+    rows: int | None = None,
+    cache_bytes: int = 0,
 ) -> footprint.Footprint:
-    """The footprint of a step on rows of at most row_length tokens, printed on the first process."""
+    """The footprint of a step on rows of at most row_length tokens, printed on the first process.
+
+    rows: of a micro-batch on a device; None: per_device_train_batch_size. cache_bytes: a device's, for sampling.
+    """
+    samples = config.run.task == "grpo"
     workload = footprint.Workload(
-        rows=config.batch.per_device_train_batch_size,
+        rows=rows or config.batch.per_device_train_batch_size,
+        samples=samples,
         row_length=row_length,
         compute_dtype=config.model.compute_dtype,
         remat=remat_of(config),
@@ -38,6 +50,10 @@ def estimate_memory(
         optim=config.optimizer.optim,
     )
     places = layout.shardings
+    width = jnp.dtype(config.model.compute_dtype).itemsize
+    whole = sum(leaf.size for leaf in jax.tree.leaves(layout.abstract.params)) * width // workload.tensor_shards
+    held = footprint.bytes_per_device(layout.abstract.params, places.params)
+    reference = held if config.grpo.sync_ref_model else held * width // 4
     estimate = footprint.estimate(
         params=layout.abstract.params,
         param_shardings=places.params,
@@ -46,6 +62,8 @@ def estimate_memory(
         optimizer_shardings=places.optimizer,
         config=decoder,
         workload=workload,
+        reference=reference if samples and config.grpo.beta else 0,
+        rollouts=whole + cache_bytes if samples else 0,
     )
     if jax.process_index() == 0:
         limit = footprint.device_limit(jax.local_devices()[0])

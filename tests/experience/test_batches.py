@@ -3,25 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from r1jax.batch import Rollout, Turn, VersionSpan
 from r1jax.experience.batches import build_step, lay_out_step, make_geometry
-
-
-def make_rollout(prompt: int, completion: int, number: int = 0, finish: str = "stop") -> Rollout:
-    """Tokens that count up from 100 times the number."""
-    length = prompt + completion
-    mask = (np.arange(length) >= prompt).astype(np.int32)
-    logprobs = -0.5 * mask.astype(np.float32)
-    return Rollout(
-        prompt_id=number,
-        sample=0,
-        tokens=100 * number + np.arange(length, dtype=np.int32),
-        action_mask=mask,
-        logprobs=logprobs,
-        policy_logprobs=logprobs * 2,
-        versions=(VersionSpan(prompt, length, 0),),
-        turns=(Turn(prompt, length, finish),),  # type: ignore[arg-type]
-    )
+from tests.experience.conftest import make_rollout
 
 
 def test_one_shape_for_every_step_of_a_run():
@@ -42,7 +25,7 @@ def test_rows_hold_several_short_completions(longest, row_length):
 
 def test_a_micro_batch_fits_where_the_longest_completions_fit():
     """8 completions of 2560 tokens a device are what the user allows: 8 rows of that length, however many devices."""
-    geometry = make_geometry(longest=2560, shortest=20, num_sequences=4096, per_device=8, shards=4)
+    geometry = make_geometry(longest=2560, shortest=20, num_sequences=16384, per_device=8, shards=4)
     assert geometry.rows_per_shard == 8 and geometry.rows_per_micro_batch == 32
 
 

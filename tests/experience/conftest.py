@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+
+from r1jax.batch import Rollout, Turn, VersionSpan
+from r1jax.experience.collect import Experience
+from r1jax.objectives.advantages import combine, group_advantages
+
+
+def make_rollout(prompt: int, completion: int, number: int = 0, finish: str = "stop", sample: int = 0) -> Rollout:
+    """Tokens that count up from 100 times the number; log-probabilities of -0.5 as drawn, -1 at the temperature."""
+    length = prompt + completion
+    mask = (np.arange(length) >= prompt).astype(np.int32)
+    logprobs = -0.5 * mask.astype(np.float32)
+    return Rollout(
+        prompt_id=number,
+        sample=sample,
+        tokens=100 * number + np.arange(length, dtype=np.int32),
+        action_mask=mask,
+        logprobs=logprobs,
+        policy_logprobs=logprobs * 2,
+        versions=(VersionSpan(prompt, length, 0),),
+        turns=(Turn(prompt, length, finish),),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def experience() -> Experience:
+    """Two prompts with two completions of 3, 5 and 4, 6 tokens; the last is cut off, one has no second reward."""
+    values = np.asarray([[1.0, 0.5], [0.0, np.nan], [1.0, 0.0], [1.0, 0.0]])
+    rewards = combine(values)
+    lengths, ends = (3, 5, 4, 6), ("stop", "stop", "stop", "length")
+    return Experience(
+        rollouts=tuple(
+            make_rollout(2, n, at // 2, end, at % 2) for at, (n, end) in enumerate(zip(lengths, ends, strict=True))
+        ),
+        group_size=2,
+        reward_names=("right", "neat"),
+        values=values,
+        rewards=rewards,
+        advantages=group_advantages(rewards, 2),
+        counts={"rewards/right/none": 1.0},
+        seconds={"rollout": 1.0, "rewards": 0.5},
+    )
