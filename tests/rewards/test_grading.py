@@ -177,10 +177,17 @@ def test_a_worker_that_died_idle_is_replaced_without_blame(graders, score):
     pool = graders("hostile_graders:text_length", workers=1)
     score(pool, ["a"])
     os.killpg(pool._processes[0]._popen.pid, signal.SIGKILL)
-    time.sleep(0.2)
+    pool._processes[0]._popen.wait(10)
     scores = score(pool, ["ab"])
     assert scores.values.tolist() == [[2.0]]
     assert counted(scores) == {}
+
+
+def test_workers_outlive_a_sigterm_to_all(graders, score):
+    pool = graders("hostile_graders:count_calls", workers=1)
+    score(pool, ["a"])
+    os.killpg(pool._processes[0]._popen.pid, signal.SIGTERM)
+    assert score(pool, ["a"]).values.item() == 2.0
 
 
 def test_nothing_to_score(graders, score):
