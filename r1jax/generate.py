@@ -8,6 +8,7 @@ Started again, it keeps the rows that are finished; the result is that of a run 
 """
 
 import argparse
+import dataclasses
 import logging
 import sys
 import time
@@ -24,15 +25,19 @@ from r1jax import commands, runtime
 from r1jax.checkpoints import hub
 from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
 from r1jax.checkpoints.hf import load_params, read_config
-from r1jax.config.errors import need, require
+from r1jax.config.errors import at_least, need, require
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import unstack
 from r1jax.models.families import decoder_config
 from r1jax.models.parameters import abstract_params
 from r1jax.rollout import sample_file
-from r1jax.rollout.sampler import Completion, Sampler, check_prompt, check_settings
+from r1jax.rollout.sampler import Completion, Sampler, check_prompt
+from r1jax.rollout.settings import SamplingSettings
 
 logger = logging.getLogger("r1jax.generate")
+
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "seed")
+"""Options that are fields of `SamplingSettings`."""
 
 
 class Model(NamedTuple):
@@ -52,11 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    _check(args)
+    settings = _check(args)
     runtime.configure(args.dtype)
     output = Path(args.output)
     rows = sample_file.read_prompts(Path(args.prompts))
-    done = sample_file.finished(output, rows, _settings(args))
+    done = sample_file.finished(output, rows, _depended_on(args))
     model = open_model(args.model_name_or_path)
     prompts = [sample_file.encode_prompt(row, model.tokenizer) for row in rows]
     for row, prompt in zip(rows, prompts, strict=True):
@@ -67,8 +72,9 @@ def _generate(argv: list[str]) -> int:
     if not model.stop_ids:
         logger.warning("the model names no token that ends an answer: all have %d tokens", args.max_new_tokens)
     sampler = load_sampler(model, args.dtype)
-    sample_file.begin(output, done, _settings(args))
-    num_tokens = _draw(sampler, model, args, rows, prompts, done.rows)
+    sample_file.begin(output, done, _depended_on(args))
+    settings = dataclasses.replace(settings, stop_ids=tuple(model.stop_ids))
+    num_tokens = _draw(sampler, model, args, settings, rows, prompts, done.rows)
     kept = f", {done.rows} of them from before" if done.rows else ""
     line = f"{output}: {len(rows)} rows{kept}, {args.num_generations} generations each; {num_tokens:,} tokens drawn"
     Console(soft_wrap=True, highlight=False).print(line, markup=False)
@@ -85,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_generations", type=int, default=1, help="completions of each row (1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens that hold this (1.0)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from so many likeliest tokens, 0 means all (0)")
+    parser.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest (0)")
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="divides logits of tokens already seen (1.0)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest completion in tokens (256)")
     parser.add_argument("--seed", type=int, default=42, help="the same seed draws the same completions (42)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
@@ -94,22 +105,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raises `UserError` for what needs no file to be seen as wrong."""
+def _check(args: argparse.Namespace) -> SamplingSettings:
+    """The sampling settings, without stop ids; raises `UserError` for what needs no file to be seen as wrong."""
     if args.engine == "vllm" or args.vllm_server_url:
         raise need(
             "engine", "jax", "vllm", "the vLLM engine is not built yet; leave --engine and --vllm_server_url out"
         )
     require(args.engine == "jax", "engine", "jax", args.engine, "it is the only engine so far")
     require(0 <= args.seed < 2**32, "seed", "0 <= x < 2**32", args.seed, "choose a number in that range")
-    check_settings(args.num_generations, args.temperature, args.top_p, args.max_new_tokens, args.batch_size)
+    at_least("num_generations", args.num_generations, 1, "ask for at least one completion")
+    at_least("batch_size", args.batch_size, 1, "use at least one slot")
     same = Path(args.output).absolute() == Path(args.prompts).absolute()
     require(not same, "output", "another file than --prompts", args.output, "name another file")
+    return SamplingSettings(**{name: getattr(args, name) for name in SAMPLING_OPTIONS})
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _depended_on(args: argparse.Namespace) -> dict[str, Any]:
     """What a completion depends on besides its row."""
-    names = ("model_name_or_path", "num_generations", "temperature", "top_p", "max_new_tokens", "seed", "dtype")
+    names = ("model_name_or_path", "num_generations", *SAMPLING_OPTIONS, "dtype")
     return {name: getattr(args, name) for name in names}
 
 
@@ -138,6 +151,7 @@ def _draw(
     sampler: Sampler,
     model: Model,
     args: argparse.Namespace,
+    settings: SamplingSettings,
     rows: Sequence[sample_file.PromptRow],
     prompts: Sequence[Sequence[int]],
     first: int,
@@ -151,12 +165,8 @@ def _draw(
             part = range(start, min(start + size, len(rows)))
             drawn = sampler.generate(
                 [prompts[index] for index in part],
+                settings,
                 num_generations=args.num_generations,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                max_new_tokens=args.max_new_tokens,
-                stop_ids=model.stop_ids,
-                seed=args.seed,
                 batch_size=args.batch_size,
                 prompt_ids=part,
             )
@@ -178,9 +188,9 @@ def as_json(completion: Completion, model: Model) -> dict[str, Any]:
     ended = completion.finish_reason == "stop"
     text = completion.token_ids[:-1] if ended else completion.token_ids
     return {
-        "text": model.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-        "token_ids": list(completion.token_ids),
-        "logprobs": list(completion.logprobs),
+        "text": model.tokenizer.decode(text.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        "token_ids": completion.token_ids.tolist(),
+        "logprobs": completion.logprobs.tolist(),
         "finish_reason": completion.finish_reason,
     }
 

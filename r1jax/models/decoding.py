@@ -1,8 +1,9 @@
-"""Generation's forward pass: prompts into a KV cache, then one token at a time for every row.
+"""Generation's forward pass: prompts into a cache, then one token at a time for every row.
 
 Parameters are unstacked for it: indexing stacked layers inside the decode program copies them, which was 2-7 times
-slower. The cache is one pair of buffers a layer; a program that takes it should donate it, or each token copies it
-(1.7-3 times slower). Slots are not aligned with each other: a row's token at position p is in slot p.
+slower. A cache is one pair of buffers a layer; a program that takes one should donate it, or each token copies it
+(1.7-3 times slower). Prompts have a cache of their own, which the samples of a prompt share: it is filled once, lies
+in memory once and is read once a token for all of them. The rows' completions are aligned, token i in slot i.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax.batch import Layout
-from r1jax.models.attention import attend, grouped_attention
+from r1jax.models.attention import attend, cached_attention
 from r1jax.models.config import DecoderConfig
 from r1jax.models.parameters import Params
 from r1jax.models.rope import rotation
@@ -24,7 +25,7 @@ from r1jax.models.transformer import heads_of, linear, logits, mlp, rms_norm
 DecodeParams = dict[str, Any]
 """The parameter tree with `layers` as a list of one tree a layer, in the dtype of the computation."""
 Cache = list[tuple[Array, Array]]
-"""Keys and values of each layer, [B, S, K, H] both."""
+"""Keys [B, K, H, S] and values [B, K, S, H] of each layer: the orientation in which one token's products read them."""
 
 
 def unstack(params: Params, dtype: DTypeLike = jnp.float32) -> DecodeParams:
@@ -37,25 +38,32 @@ def unstack(params: Params, dtype: DTypeLike = jnp.float32) -> DecodeParams:
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
     """An empty cache of `length` slots a row."""
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+    heads, width = config.num_kv_heads, config.head_dim
+    keys, values = (batch, heads, width, length), (batch, heads, length, width)
+    return [(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(config.num_layers)]
+
+
+def grown(cache: Cache, length: int) -> Cache:
+    """The cache with empty slots behind its own, `length` in all."""
+    more = length - cache[0][0].shape[-1]
+    none = (0, 0)
+    return [(jnp.pad(k, (none, none, none, (0, more))), jnp.pad(v, (none, none, (0, more), none))) for k, v in cache]
 
 
 def prefill(
-    params: DecodeParams, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache, config: DecoderConfig
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Each prompt's logits for its next token, in float32, and the cache with the prompts in slots 0..T-1.
+    params: DecodeParams, tokens: Int[Array, "P T"], lengths: Int[Array, " P"], config: DecoderConfig
+) -> tuple[Float[Array, "P V"], Cache]:
+    """Each prompt's logits for its next token, in float32, and the cache of the prompts, T slots each.
 
-    Row b's prompt is its first lengths[b] >= 1 tokens; what follows is padding. The slots of padding hold rubbish that
-    `decode` overwrites before it reads them.
+    Prompt p is its first lengths[p] >= 1 tokens; what follows is padding.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     layout = Layout(segment_ids=(positions < lengths[:, None]).astype(jnp.int32), positions=positions)
     filled = []
 
     def attention(index: int, q: Array, k: Array, v: Array) -> Array:
-        keys, values = cache[index]
-        filled.append((_write_rows(keys, k), _write_rows(values, v)))
+        del index
+        filled.append((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)))
         return attend(q, k, v, layout)
 
     hidden = _through_layers(params, tokens, positions, config, attention)
@@ -64,30 +72,35 @@ def prefill(
 
 
 def decode(
-    params: DecodeParams, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: Cache, config: DecoderConfig
+    params: DecodeParams,
+    tokens: Int[Array, " B"],
+    step: Int[Array, ""],
+    lengths: Int[Array, " P"],
+    prompts: Cache,
+    completions: Cache,
+    config: DecoderConfig,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Each row's logits for the token after `tokens`, in float32, and the cache with `tokens` in slots `positions`.
+    """Each row's logits for the token after `tokens`, in float32, and `completions` with `tokens` in slot `step`.
 
-    Every slot before a row's position must hold a token of it.
+    `tokens` are number `step` of the completions, whose slots before it hold those before. The first B / P rows are
+    samples of the first prompt, and so on.
     """
-    rows, slots = jnp.arange(tokens.shape[0]), jnp.arange(cache[0][0].shape[1])
-    seen = (slots[None, :] <= positions[:, None])[:, None]
+    samples = tokens.shape[0] // lengths.shape[0]
+    positions = jnp.repeat(lengths, samples) + step
+    prompt_mask = jnp.arange(prompts[0][0].shape[-1]) < lengths[:, None]
+    completion_mask = jnp.arange(completions[0][0].shape[-1]) <= step
+    write = jax.lax.dynamic_update_slice_in_dim
     filled = []
 
     def attention(index: int, q: Array, k: Array, v: Array) -> Array:
-        keys, values = cache[index]
-        keys = keys.at[rows, positions].set(k[:, 0].astype(keys.dtype))
-        values = values.at[rows, positions].set(v[:, 0].astype(values.dtype))
+        keys, values = completions[index]
+        keys = write(keys, k[:, 0, :, :, None].astype(keys.dtype), step, 3)
+        values = write(values, v[:, 0, :, None].astype(values.dtype), step, 2)
         filled.append((keys, values))
-        return grouped_attention(q, keys, values, seen)
+        return cached_attention(q[:, 0], prompts[index], (keys, values), prompt_mask, completion_mask)
 
     hidden = _through_layers(params, tokens[:, None], positions[:, None], config, attention)
     return logits(params, hidden)[:, 0], filled
-
-
-def _write_rows(buffer: Float[Array, "B S K H"], rows: Float[Array, "B T K H"]) -> Float[Array, "B S K H"]:
-    """The buffer with its first T slots replaced."""
-    return jax.lax.dynamic_update_slice(buffer, rows.astype(buffer.dtype), (0, 0, 0, 0))
 
 
 def _through_layers(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from r1jax import generate
 from r1jax.quickstart.problems import Problem, answer_in
+from r1jax.rollout.settings import SamplingSettings
 
 NUM_SAMPLES = 4
 """Completions of each problem, at temperature 1."""
@@ -32,10 +33,8 @@ def measure(model_dir: Path, problems: list[Problem], seed: int) -> Measurement:
     sampler = generate.load_sampler(model)
     drawn = sampler.generate(
         [_prompt(problem, model) for problem in problems],
+        SamplingSettings(max_new_tokens=MAX_NEW_TOKENS, stop_ids=tuple(model.stop_ids), seed=seed),
         num_generations=NUM_SAMPLES,
-        max_new_tokens=MAX_NEW_TOKENS,
-        stop_ids=model.stop_ids,
-        seed=seed,
         batch_size=BATCH_SIZE,
     )
     texts = [[generate.as_json(one, model)["text"] for one in completions] for completions in drawn]

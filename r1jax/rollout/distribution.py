@@ -1,14 +1,92 @@
-"""The sampling distribution: one token a row from logits, with its log-probability."""
+"""The sampling distribution: one token a row from logits, with its log-probabilities.
+
+What turns logits into the distribution comes in the order of transformers' `generate`, and each step computes what the
+logits processor of that name does: repetition_penalty, temperature, top_k, top_p, min_p.
+"""
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from r1jax.rollout.settings import SamplingSettings
 
 
-def sample_keys(seed: int, prompt_ids: Int[Array, " B"], samples: Int[Array, " B"]) -> Key[Array, " B"]:
-    """One key a row, that of sample number `samples` of prompt `prompt_ids`, wherever the row stands."""
+class Switches(NamedTuple):
+    """What is compiled into the distribution."""
+
+    greedy: bool
+    repetition: bool
+    top_k: int
+    """0: off. Compiled for its number, which the selection of so many needs."""
+    nucleus: bool
+    min_p: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Amounts:
+    """What may change without compiling anything."""
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+
+
+class Draw(NamedTuple):
+    """A token a row."""
+
+    tokens: Int[Array, " B"]
+    logprobs: Float[Array, " B"]
+    """Log-probability under the distribution that the token was drawn from."""
+    policy_logprobs: Float[Array, " B"]
+    """The same at the temperature alone."""
+
+
+def switches(settings: SamplingSettings, vocab_size: int) -> Switches:
+    """What these settings turn on."""
+    greedy = settings.temperature == 0
+    return Switches(
+        greedy=greedy,
+        repetition=settings.repetition_penalty != 1,
+        top_k=0 if greedy or (settings.top_k or 0) >= vocab_size else settings.top_k or 0,
+        nucleus=not greedy and settings.top_p < 1,
+        min_p=not greedy and bool(settings.min_p),
+    )
+
+
+def reshapes(on: Switches) -> bool:
+    """Whether tokens are drawn from anything but the model at the temperature: their log-probabilities then differ."""
+    return on.repetition or bool(on.top_k) or on.nucleus or on.min_p
+
+
+def amounts(settings: SamplingSettings) -> Amounts:
+    """The settings' numbers, as a program takes them."""
+    return Amounts(
+        temperature=jnp.float32(settings.temperature),
+        top_p=jnp.float32(settings.top_p),
+        min_p=jnp.float32(settings.min_p or 0.0),
+        repetition_penalty=jnp.float32(settings.repetition_penalty),
+    )
+
+
+def sample_keys(
+    seed: int | Int[Array, ""],
+    prompt_ids: Int[Array, " B"],
+    samples: Int[Array, " B"],
+    step: Int[Array, ""] | None = None,
+) -> Key[Array, " B"]:
+    """One key a row, that of sample number `samples` of prompt `prompt_ids` at a step, wherever the row stands.
+
+    step None is for what is drawn outside of training: its samples are none of any step's.
+    """
     # Named, because jax's default generator is a setting.
     root = jax.random.key(seed, impl="threefry2x32")
+    if step is not None:
+        root = jax.random.fold_in(root, step)
     return jax.vmap(lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(root, prompt), sample))(
         prompt_ids, samples
     )
@@ -18,30 +96,63 @@ def sample(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"],
     index: Int[Array, ""],
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
-    *,
-    greedy: bool,
-    nucleus: bool,
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Each row's token and its log-probability under the distribution that it was drawn from.
+    amounts: Amounts,
+    on: Switches,
+    seen: Bool[Array, "B V"] | None = None,
+) -> Draw:
+    """Each row's token. `seen` marks the tokens of its prompt and completion, for the repetition penalty.
 
     Token number `index` of a row is drawn with fold_in(its key, index), by the Gumbel-max trick. Greedy takes the
-    likeliest token (the first of equals) and gives its log-probability at temperature 1: under the distribution that
-    has no other token it would always be 0.
+    likeliest token (the first of equals) and gives log-probabilities at temperature 1: under the distribution that
+    has no other token they would always be 0.
     """
-    if not greedy:
-        logits = logits / temperature
-    if nucleus:
-        logits = nucleus_logits(logits, top_p)
-    if greedy:
-        tokens = jnp.argmax(logits, axis=-1)
+    policy, drawn_from = _distributions(logits, amounts, on, seen)
+    if on.greedy:
+        tokens = jnp.argmax(drawn_from, axis=-1)
     else:
         vocabulary = logits.shape[-1]
         noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, index), (vocabulary,)))(keys)
-        tokens = jnp.argmax(logits + noise, axis=-1)
+        tokens = jnp.argmax(drawn_from + noise, axis=-1)
+    logprobs = _logprobs(drawn_from, tokens)
+    policy_logprobs = logprobs if drawn_from is policy else _logprobs(policy, tokens)
+    return Draw(tokens.astype(jnp.int32), logprobs, policy_logprobs)
+
+
+def _distributions(
+    logits: Float[Array, "B V"], amounts: Amounts, on: Switches, seen: Bool[Array, "B V"] | None
+) -> tuple[Float[Array, "B V"], Float[Array, "B V"]]:
+    """Logits at the temperature alone, and those that a token is drawn from; one array where nothing else is on."""
+    policy = logits if on.greedy else logits / amounts.temperature
+    found = policy
+    if on.repetition:
+        assert seen is not None
+        penalised = penalised_logits(logits, seen, amounts.repetition_penalty)
+        found = penalised if on.greedy else penalised / amounts.temperature
+    if on.top_k:
+        found = top_k_logits(found, on.top_k)
+    if on.nucleus:
+        found = nucleus_logits(found, amounts.top_p)
+    if on.min_p:
+        found = min_p_logits(found, amounts.min_p)
+    return policy, found
+
+
+def _logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def penalised_logits(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """The logits with those of seen tokens made smaller: over the penalty, or times it below 0 (Keskar et al. 2019)."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def top_k_logits(logits: Float[Array, "B V"], top_k: int) -> Float[Array, "B V"]:
+    """The logits of the top_k likeliest tokens and of those as likely as the last of them, -inf elsewhere."""
+    lowest = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    return jnp.where(logits < lowest, -jnp.inf, logits)
 
 
 def nucleus_logits(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
@@ -56,3 +167,9 @@ def nucleus_logits(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Floa
     room = num_kept - jnp.sum(above, axis=-1, keepdims=True)
     keep = above | (level & (jnp.cumsum(level, axis=-1) <= room))
     return jnp.where(keep, logits, -jnp.inf)
+
+
+def min_p_logits(logits: Float[Array, "B V"], min_p: Float[Array, ""]) -> Float[Array, "B V"]:
+    """The logits of tokens with at least min_p of the likeliest one's probability, -inf elsewhere (Nguyen et al. 2024)."""
+    lowest = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
+    return jnp.where(logits < lowest, -jnp.inf, logits)

@@ -1,30 +1,40 @@
-"""The sampler's two programs: `start_slots` runs the prompts, `finish_slots` decodes until every row has stopped."""
+"""The sampler's programs: `start_slots` runs the prompts, `finish_slots` decodes until every row has stopped or its
+slots are full; `widen_slots` then makes more of them, so that completions that stop early never read a long cache.
+"""
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.models.config import DecoderConfig
-from r1jax.models.decoding import Cache, DecodeParams, decode, init_cache, prefill
-from r1jax.rollout.distribution import sample
+from r1jax.models.decoding import Cache, DecodeParams, decode, grown, init_cache, prefill
+from r1jax.rollout.distribution import Amounts, Switches, reshapes, sample, sample_keys
 
 _SMALLEST_BUCKET = 16
+_SMALLEST_WINDOW = 32
+_MAX_WINDOWS = 4
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slots:
-    """A batch while it is being drawn."""
+    """A batch while it is being drawn; M slots of new tokens a row."""
 
-    cache: Cache
+    keys: Key[Array, " B"]
+    completions: Cache
     last: Int[Array, " B"]
     """Token drawn last; it is not in the cache yet."""
     tokens: Int[Array, "B M"]
     logprobs: Float[Array, "B M"]
+    policy_logprobs: Float[Array, "B M"] | None
+    """None where they are the same numbers."""
+    seen: Bool[Array, "B V"] | None
+    """Tokens of each row's prompt and completion; None where nobody asks."""
     num_tokens: Int[Array, " B"]
     """Tokens of each row's completion so far."""
     stopped: Bool[Array, " B"]
@@ -35,30 +45,42 @@ class Slots:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Prompts:
+    """The prompts of a batch, P of them; the first B / P rows are samples of the first, and so on."""
+
+    tokens: Int[Array, "P T"]
+    lengths: Int[Array, " P"]
+    """Tokens of each prompt."""
+    ids: Int[Array, " B"]
+    """Name of each row's prompt, for the random numbers."""
+    samples: Int[Array, " B"]
+    """Number of each row's sample."""
+    used: Bool[Array, " B"]
+    """0 on the padding of the batch."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
     """What may change from call to call without compiling anything."""
 
-    keys: Key[Array, " B"]
-    """One a row."""
-    lengths: Int[Array, " B"]
-    """Tokens of each row's prompt."""
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
+    amounts: Amounts
     max_new_tokens: Int[Array, ""]
     stop_ids: Int[Array, " num_stop"]
     """-1 where there are fewer."""
+    seed: Int[Array, ""]
+    step: Int[Array, ""] | None
 
 
 class Kind(NamedTuple):
     """What a program is compiled for."""
 
     config: DecoderConfig
-    greedy: bool
-    nucleus: bool
-    prompt_size: int
-    """Slots of prompts."""
+    on: Switches
     new_size: int
     """Slots of new tokens."""
+    mesh: Mesh | None = None
+    """Rows are split over its axis `slots`, heads over `tensor`; None for one device."""
 
 
 def bucket(number: int, smallest: int = _SMALLEST_BUCKET) -> int:
@@ -72,61 +94,100 @@ def bucket(number: int, smallest: int = _SMALLEST_BUCKET) -> int:
     return size
 
 
+def windows(max_new_tokens: int) -> list[int]:
+    """Slots of new tokens to go through: the bucket of max_new_tokens and up to three halvings before it."""
+    sizes = [bucket(max_new_tokens)]
+    while len(sizes) < _MAX_WINDOWS and sizes[0] >= 2 * _SMALLEST_WINDOW:
+        sizes.insert(0, sizes[0] // 2)
+    return sizes
+
+
 @partial(jax.jit, static_argnames="kind")
-def start_slots(
-    params: DecodeParams, tokens: Int[Array, "B T"], used: Bool[Array, " B"], settings: Settings, *, kind: Kind
-) -> Slots:
-    """The slots with the prompts in their cache and the first token of each drawn."""
-    size = tokens.shape[0]
+def start_slots(params: DecodeParams, prompts: Prompts, request: Request, *, kind: Kind) -> tuple[Slots, Cache]:
+    """The slots with the first token of each row drawn, and the prompts' cache."""
+    size = prompts.ids.shape[0]
+    samples = size // prompts.lengths.shape[0]
+    logits, cache = prefill(params, prompts.tokens, prompts.lengths, kind.config)
+    nothing = jnp.zeros((size, kind.new_size), jnp.float32)
     dtype = params["embed"]["embedding"].dtype
-    cache = init_cache(kind.config, size, bucket(kind.prompt_size + kind.new_size), dtype)
-    logits, cache = prefill(params, tokens, settings.lengths, cache, kind.config)
     slots = Slots(
-        cache=cache,
+        keys=sample_keys(request.seed, prompts.ids, prompts.samples, request.step),
+        completions=_placed(init_cache(kind.config, size, kind.new_size, dtype), kind),
         last=jnp.zeros(size, jnp.int32),
-        tokens=jnp.zeros((size, kind.new_size), jnp.int32),
-        logprobs=jnp.zeros((size, kind.new_size), jnp.float32),
+        tokens=nothing.astype(jnp.int32),
+        logprobs=nothing,
+        policy_logprobs=nothing if reshapes(kind.on) else None,
+        seen=jnp.repeat(_occurring(prompts, logits.shape[1]), samples, axis=0) if kind.on.repetition else None,
         num_tokens=jnp.zeros(size, jnp.int32),
-        stopped=~used,
+        stopped=~prompts.used,
         step=jnp.zeros((), jnp.int32),
     )
-    return _draw_token(slots, logits, settings, kind)
+    return _draw_token(slots, jnp.repeat(logits, samples, axis=0), request, kind), _placed(cache, kind)
+
+
+# Not donated: nothing that comes in has the size of what goes out.
+@partial(jax.jit, static_argnames="kind")
+def widen_slots(slots: Slots, *, kind: Kind) -> Slots:
+    """The slots with room for new_size tokens a row."""
+    more = ((0, 0), (0, kind.new_size - slots.tokens.shape[1]))
+    names = ("tokens", "logprobs", "policy_logprobs")
+    rows = {name: jax.tree.map(lambda leaf: jnp.pad(leaf, more), getattr(slots, name)) for name in names}
+    return dataclasses.replace(slots, completions=_placed(grown(slots.completions, kind.new_size), kind), **rows)
 
 
 @partial(jax.jit, static_argnames="kind", donate_argnames="slots")
-def finish_slots(params: DecodeParams, slots: Slots, settings: Settings, *, kind: Kind) -> Slots:
-    """The slots when every row has stopped or holds max_new_tokens."""
+def finish_slots(
+    params: DecodeParams, prompts: Cache, lengths: Int[Array, " P"], slots: Slots, request: Request, *, kind: Kind
+) -> Slots:
+    """The slots when every row has stopped, holds max_new_tokens, or has no room."""
+    size = jnp.minimum(request.max_new_tokens, kind.new_size)
 
     def unfinished(slots: Slots) -> Array:
-        return (slots.step < settings.max_new_tokens) & ~jnp.all(slots.stopped)
+        return (slots.step < size) & ~jnp.all(slots.stopped)
 
     def advance(slots: Slots) -> Slots:
-        positions = settings.lengths + slots.step - 1
-        logits, cache = decode(params, slots.last, positions, slots.cache, kind.config)
-        return _draw_token(dataclasses.replace(slots, cache=cache), logits, settings, kind)
+        known = slots.step - 1
+        logits, cache = decode(params, slots.last, known, lengths, prompts, slots.completions, kind.config)
+        return _draw_token(dataclasses.replace(slots, completions=_placed(cache, kind)), logits, request, kind)
 
     return jax.lax.while_loop(unfinished, advance, slots)
 
 
-def _draw_token(slots: Slots, logits: Float[Array, "B V"], settings: Settings, kind: Kind) -> Slots:
+def _draw_token(slots: Slots, logits: Float[Array, "B V"], request: Request, kind: Kind) -> Slots:
     """The slots with one more token in every row that has not stopped."""
-    tokens, logprobs = sample(
-        logits,
-        settings.keys,
-        slots.step,
-        settings.temperature,
-        settings.top_p,
-        greedy=kind.greedy,
-        nucleus=kind.nucleus,
-    )
-    is_stop = jnp.any(tokens[:, None] == settings.stop_ids[None, :], axis=-1)
+    drawn = sample(_placed(logits, kind), slots.keys, slots.step, request.amounts, kind.on, slots.seen)
+    is_stop = jnp.any(drawn.tokens[:, None] == request.stop_ids[None, :], axis=-1)
+    # What a stopped row draws lies behind its num_tokens, where nobody reads.
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slots.step, axis=1)
+    policy, seen = slots.policy_logprobs, slots.seen
     return dataclasses.replace(
         slots,
-        last=tokens,
-        # What a stopped row draws lies behind its num_tokens, where nobody reads.
-        tokens=slots.tokens.at[:, slots.step].set(tokens),
-        logprobs=slots.logprobs.at[:, slots.step].set(logprobs),
+        last=drawn.tokens,
+        tokens=write(slots.tokens, drawn.tokens[:, None]),
+        logprobs=write(slots.logprobs, drawn.logprobs[:, None]),
+        policy_logprobs=None if policy is None else write(policy, drawn.policy_logprobs[:, None]),
+        seen=None if seen is None else seen.at[jnp.arange(seen.shape[0]), drawn.tokens].set(True),
         num_tokens=slots.num_tokens + (~slots.stopped).astype(jnp.int32),
         stopped=slots.stopped | is_stop,
         step=slots.step + 1,
     )
+
+
+def _occurring(prompts: Prompts, vocab_size: int) -> Bool[Array, "P V"]:
+    """Which tokens are in each prompt."""
+    rows = jnp.arange(prompts.lengths.shape[0])[:, None]
+    inside = jnp.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
+    return jnp.zeros((rows.shape[0], vocab_size), bool).at[rows, prompts.tokens].max(inside)
+
+
+def _placed(tree: Any, kind: Kind) -> Any:
+    """The arrays pinned to the mesh: rows over slots, and the heads of a cache over tensor where they are in training."""
+    if kind.mesh is None:
+        return tree
+    split = kind.config.num_kv_heads % kind.mesh.shape["tensor"] == 0
+
+    def pin(leaf: Array) -> Array:
+        spec = PartitionSpec("slots", "tensor") if leaf.ndim == 4 and split else PartitionSpec("slots")
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(kind.mesh, spec))
+
+    return jax.tree.map(pin, tree)
