@@ -32,7 +32,8 @@ from r1jax.objectives.grpo import Surrogate, make_policy_loss, make_scorer, make
 from r1jax.optimizer import make_schedule
 from r1jax.rewards.grading import Graders
 from r1jax.rewards.registry import Reward, check_columns, make_rewards
-from r1jax.rollout.engine import RolloutEngine
+from r1jax.rollout.engine import EmbeddedEngine, RolloutEngine
+from r1jax.rollout.settings import SamplingSettings
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.training import loop
@@ -179,11 +180,18 @@ def make_collector(config: RunConfig, source: Source, layout: StateLayout, task:
 
 def open_engine(config: RunConfig, source: Source, layout: StateLayout) -> RolloutEngine:
     """The embedded engine on the trainer's devices."""
-    from r1jax.rollout.engine import TempEngine
-    from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
-
-    generation = generation_config(read_generation_config(source.directory), source.hf_config, source.tokenizer)
-    return TempEngine(source.decoder, config.sampling, stop_ids(generation.get("eos_token_id")), config.run.seed)
+    sampling = config.sampling
+    settings = SamplingSettings(
+        max_new_tokens=sampling.max_completion_length,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        stop_ids=source.stop_ids,
+        seed=config.run.seed,
+    )
+    return EmbeddedEngine(source.decoder, layout.mesh, settings, dtype=config.model.compute_dtype)
 
 
 def train_policy(

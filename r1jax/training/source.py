@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 import r1jax
 from r1jax.checkpoints import hub
-from r1jax.checkpoints.generation import read_generation_config, stop_ids
+from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
 from r1jax.checkpoints.hf import load_params, read_config
 from r1jax.checkpoints.hf_export import export
 from r1jax.checkpoints.model_card import Card
@@ -37,6 +37,12 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
     stored_vocab_size: int
     """Rows of the embedding in the directory's weights; fewer than the decoder's where tokens were added."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends a completion: those that the model came with, and the tokenizer's EOS."""
+        generation = generation_config(read_generation_config(self.directory), self.hf_config, self.tokenizer)
+        return tuple(stop_ids(generation.get("eos_token_id")))
 
 
 # A vocabulary that grows is rounded up to this: every usual `mesh_tensor` still divides it.
