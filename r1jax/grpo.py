@@ -80,7 +80,9 @@ def run(config: RunConfig) -> None:
     with contextlib.closing(checkpoints):
         start = find_start(config.run, checkpoints)
         # 2. The estimate comes before the compiler has its say.
-        estimate = estimate_memory(config, source.decoder, layout, task.geometry.row_length, rows=task.geometry.rows_per_shard)
+        estimate = estimate_memory(
+            config, source.decoder, layout, task.geometry.row_length, rows=task.geometry.rows_per_shard
+        )
         # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
         state, reference, kept = begin(config, source, layout, task, start, checkpoints)
         if jax.process_index() == 0:

@@ -1,15 +1,16 @@
-"""The task: `7*8+5-9+4=?`, answered in R1's form, with the thinking between <think> tags.
+"""The task: `7*8+5-9=?`, answered in R1's form, with the thinking between <think> tags.
 
-Answers come in two styles, as people's do: half work the problem out step by step, half jump to the result. A
-small model can imitate both and be right with one only, which is for reinforcement learning to find out.
+Answers come in two styles, as people's do: half work the problem out step by step, half guess. A model that imitates
+learns both, however long it imitates. Which of them is worth something is for reinforcement learning to find out.
 Problems are held out by their hash, so what is trained on and what is measured on cannot meet, whatever is drawn.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ HELD_OUT_SHARE = 0.1
 """Part of all problems that is held out."""
 WORKED_SHARE = 0.5
 """Part of the training answers that is worked out."""
-NUM_TERMS = 3
+NUM_TERMS = 2
+GUESSED_WITHIN = 5
+"""A guess is at most so far from the result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A product of two digits and three digits added to it or taken from it, never below zero on the way."""
+    """A product of two digits and two digits added to it or taken from it, never below zero on the way."""
 
     factors: tuple[int, int]
     terms: tuple[int, ...]
@@ -73,9 +76,9 @@ def held_out_problems(count: int) -> list[Problem]:
     return list(found)
 
 
-def response(problem: Problem, *, worked: bool) -> str:
-    """The assistant's turn: one operation a line, or the result at once."""
-    if worked:
+def response(problem: Problem, guess: int | None = None) -> str:
+    """The assistant's turn: one operation a line and what it comes to, or a guess at once."""
+    if guess is None:
         a, b = problem.factors
         results = problem.results
         lines = [f"{a}*{b}={results[0]}"]
@@ -84,9 +87,14 @@ def response(problem: Problem, *, worked: bool) -> str:
             for before, term, after in zip(results, problem.terms, results[1:], strict=False)
         ]
     else:
-        lines = [problem.question.replace("?", str(problem.answer))]
+        lines = [problem.question.replace("?", str(guess))]
     thought = "\n".join(lines)
-    return f"<think>\n{thought}\n</think>\n<answer>\n{problem.answer}\n</answer>"
+    return f"<think>\n{thought}\n</think>\n<answer>\n{problem.answer if guess is None else guess}\n</answer>"
+
+
+def guess_at(problem: Problem, numbers: random.Random) -> int:
+    """A number near the result, one in ten or so the result itself; never below zero."""
+    return max(0, problem.answer + numbers.randint(-GUESSED_WITHIN, GUESSED_WITHIN))
 
 
 def answer_in(text: str) -> int | None:
@@ -102,23 +110,39 @@ def is_worked(text: str) -> bool:
     return thought.count("=") > 1
 
 
-def row(problem: Problem, *, worked: bool) -> dict[str, Any]:
-    """One line of a dataset; `solution` is what a reward will compare with."""
+def row(problem: Problem, guess: int | None = None) -> dict[str, Any]:
+    """One line of a dataset to imitate."""
     messages = [
         {"role": "user", "content": problem.question},
-        {"role": "assistant", "content": response(problem, worked=worked)},
+        {"role": "assistant", "content": response(problem, guess)},
     ]
-    return {"messages": messages, "solution": str(problem.answer)}
+    return {"messages": messages}
 
 
-def write_dataset(directory: Path, *, num_train: int, num_test: int, seed: int) -> None:
-    """Writes train.jsonl, drawn with the seed, test.jsonl, always the same, and questions.jsonl, that unanswered."""
-    directory.mkdir(parents=True, exist_ok=True)
+def task(problem: Problem) -> dict[str, Any]:
+    """One line of a dataset to be rewarded on: a question, and the solution that a reward compares with."""
+    return {"prompt": problem.question, "solution": str(problem.answer)}
+
+
+def write_examples(directory: Path, *, num_train: int, num_test: int, seed: int) -> None:
+    """Writes train.jsonl, drawn with the seed, and test.jsonl, always the same: questions with answers to imitate."""
     numbers = random.Random(seed)
     drawn = draw(numbers, held_out=False)
-    train = [row(next(drawn), worked=numbers.random() < WORKED_SHARE) for _ in range(num_train)]
-    test = [row(problem, worked=True) for problem in held_out_problems(num_test)]
-    questions = [{**one, "messages": one["messages"][:1]} for one in test]
-    for name, rows in (("train", train), ("test", test), ("questions", questions)):
+    train = []
+    for problem in itertools.islice(drawn, num_train):
+        worked = numbers.random() < WORKED_SHARE
+        train.append(row(problem, None if worked else guess_at(problem, numbers)))
+    _write(directory, train=train, test=[row(problem) for problem in held_out_problems(num_test)])
+
+
+def write_tasks(directory: Path, *, num_train: int, num_test: int, seed: int) -> None:
+    """Writes train.jsonl and test.jsonl of questions with solutions, none of which is an answer to imitate."""
+    train = itertools.islice(draw(random.Random(f"tasks {seed}"), held_out=False), num_train)
+    _write(directory, train=map(task, train), test=map(task, held_out_problems(num_test)))
+
+
+def _write(directory: Path, **splits: Iterable[dict[str, Any]]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
         text = "".join(json.dumps(one) + "\n" for one in rows)
         (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
