@@ -1,9 +1,13 @@
-"""From nothing to a trained and exported model on a CPU, through the real commands.
+"""From nothing to a model that has learned to reason, on a CPU, through the real commands.
 
-    python -m r1jax.quickstart [--output_dir outputs/quickstart] [--seed 0] [--num_problems 200] [--key value ...]
+    python -m r1jax.quickstart [--output_dir outputs/quickstart] [--seed 0] [--num_problems 200]
+                               [--sft.KEY value ...] [--grpo.KEY value ...]
 
-Makes a task, a tokenizer and a small random Qwen3 model, measures it on held-out problems, fine-tunes it with
-configs/quickstart/sft.yaml and measures it again. Other keys go to that recipe, as in `--learning_rate 1e-3`.
+Makes a task, a tokenizer and a small random Qwen3 model, fine-tunes it with configs/quickstart/sft.yaml, lets it
+practise with configs/quickstart/grpo.yaml, and measures it before, between and after. Keys go to the recipe that they
+name, as in `--sft.num_train_epochs 2`. A control, whose rewards are dice and teach nothing:
+
+    python -m r1jax.quickstart --grpo.reward_funcs r1jax.quickstart.control:random_reward
 """
 
 import argparse
@@ -12,7 +16,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 
@@ -20,13 +26,17 @@ from r1jax import commands, config, runtime, train
 from r1jax.config.errors import need, require
 from r1jax.quickstart import story
 from r1jax.quickstart.measure import NUM_SAMPLES, Measurement, measure
-from r1jax.quickstart.problems import held_out_problems, write_dataset
+from r1jax.quickstart.problems import held_out_problems, write_examples, write_tasks
 
-RECIPE = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "sft.yaml"
-NUM_TRAIN = 24_000
-"""Training problems: one epoch of the recipe."""
-MAX_PROBLEMS = 10_000
-"""About 30,000 problems are held out."""
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
+NUM_EXAMPLES = 48_000
+"""Answers to imitate: one epoch of the recipe."""
+NUM_TASKS = 12_000
+"""Questions to practise on."""
+MAX_PROBLEMS = 1_000
+"""About 1,500 problems are held out."""
+
+Stage = Literal["sft", "grpo"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,49 +52,54 @@ class Plan:
     seed: int
     num_problems: int
     """Held-out problems to measure on."""
-    recipe_keys: tuple[str, ...]
-    """Options for the recipe."""
+    recipe_keys: dict[Stage, tuple[str, ...]]
+    """Options for each recipe."""
 
     @property
     def base(self) -> Path:
         return self.folder / "base"
 
     @property
-    def data(self) -> Path:
-        return self.folder / "data"
+    def examples(self) -> Path:
+        return self.folder / "examples"
 
     @property
-    def trained(self) -> Path:
-        return self.folder / "sft"
+    def tasks(self) -> Path:
+        return self.folder / "tasks"
 
-    @property
-    def train_options(self) -> list[str]:
+    def trained(self, stage: Stage) -> Path:
+        """Where a stage leaves its model."""
+        return self.folder / stage
+
+    def train_options(self, stage: Stage) -> list[str]:
         """The options of r1jax.train; an earlier run is replaced."""
-        recipe = RECIPE.relative_to(Path.cwd()) if RECIPE.is_relative_to(Path.cwd()) else RECIPE
+        recipe = RECIPES / f"{stage}.yaml"
         keys = {
-            "config": recipe,
-            "model_name_or_path": self.base,
-            "dataset_name": self.data,
-            "output_dir": self.trained,
+            "config": recipe.relative_to(Path.cwd()) if recipe.is_relative_to(Path.cwd()) else recipe,
+            "model_name_or_path": self.base if stage == "sft" else self.trained("sft"),
+            "dataset_name": self.examples if stage == "sft" else self.tasks,
+            "output_dir": self.trained(stage),
             "seed": self.seed,
             "resume_from_checkpoint": "false",
             "overwrite_output_dir": "true",
         }
-        return [part for key, value in keys.items() for part in (f"--{key}", str(value))] + list(self.recipe_keys)
+        return [part for key, value in keys.items() for part in (f"--{key}", str(value))] + [*self.recipe_keys[stage]]
 
 
 def _quickstart(argv: list[str]) -> int:
     started = time.perf_counter()
-    args, recipe_keys = _parser().parse_known_args(argv)
+    args, rest = _parser().parse_known_args(argv)
     _check(args)
     plan = Plan(
-        folder=Path(args.output_dir), seed=args.seed, num_problems=args.num_problems, recipe_keys=tuple(recipe_keys)
+        folder=Path(args.output_dir), seed=args.seed, num_problems=args.num_problems, recipe_keys=_by_recipe(rest)
     )
     # A wrong key must not wait for the training to be found.
-    if config.load(plan.train_options).dry_run:
-        return train.main(plan.train_options)
+    stages: tuple[Stage, ...] = ("sft", "grpo")
+    dry = [stage for stage in stages if config.load(plan.train_options(stage)).dry_run]
+    if dry:
+        return max(train.main(plan.train_options(stage)) for stage in dry)
     if not os.environ.get("JAX_PLATFORMS"):
-        # The recipe is made for one CPU device: several accelerators would multiply its batch.
+        # The recipes are made for one CPU device: several accelerators would multiply their batches.
         jax.config.update("jax_platforms", "cpu")
     runtime.configure("float32")
     return _run(plan, started)
@@ -100,36 +115,44 @@ def _run(plan: Plan, started: float) -> int:
     story.open_with(console, plan.folder)
     story.stage(console, 1, "a model that knows nothing, and something to learn")
     num_weights = write_base_model(plan.base, plan.seed)
-    write_dataset(plan.data, num_train=NUM_TRAIN, num_test=plan.num_problems, seed=plan.seed)
-    story.tell_material(console, problems[0], plan.base, plan.data, num_weights=num_weights, num_train=NUM_TRAIN)
-    story.stage(console, 2, "what it can do before training")
-    before = measure(plan.base, problems, plan.seed)
-    story.tell_measurement(console, before, len(problems))
-    story.stage(console, 3, "supervised fine-tuning")
-    story.tell_command(console, ["python", "-m", "r1jax.train", *plan.train_options])
-    # An earlier run's model must not pass for this one's, should the training be stopped.
-    (plan.trained / "config.json").unlink(missing_ok=True)
-    if code := train.main(plan.train_options):
-        return code
-    if not (plan.trained / "config.json").is_file():
-        story.tell_stopped(console, plan.trained)
-        return 0
-    story.stage(console, 4, "what it can do now")
-    after = measure(plan.trained, problems, plan.seed)
-    story.tell_measurement(console, after, len(problems))
-    story.tell_styles(console, problems, after)
-    story.show_answers(console, problems, before, after)
+    write_examples(plan.examples, num_train=NUM_EXAMPLES, num_test=plan.num_problems, seed=plan.seed)
+    write_tasks(plan.tasks, num_train=NUM_TASKS, num_test=plan.num_problems, seed=plan.seed)
+    story.tell_material(console, problems[0], plan.folder, num_weights=num_weights, num_train=NUM_EXAMPLES)
+    found = {"base": measure(plan.base, problems, plan.seed)}
+    story.tell_measurement(console, found["base"], len(problems))
+    titles: dict[Stage, str] = {"sft": "supervised fine-tuning: imitate", "grpo": "GRPO: practise"}
+    for number, (stage, title) in enumerate(titles.items(), start=2):
+        story.stage(console, number, title)
+        story.tell_command(console, ["python", "-m", "r1jax.train", *plan.train_options(stage)])
+        # An earlier run's model must not pass for this one's, should the training be stopped.
+        (plan.trained(stage) / "config.json").unlink(missing_ok=True)
+        if code := train.main(plan.train_options(stage)):
+            return code
+        if not (plan.trained(stage) / "config.json").is_file():
+            story.tell_stopped(console, plan.trained(stage))
+            return 0
+        found[stage] = measure(plan.trained(stage), problems, plan.seed)
+        story.tell_measurement(console, found[stage], len(problems))
+        story.tell_styles(console, problems, found[stage])
+    story.stage(console, 4, "before and after")
+    story.plot_rewards(console, _rewards(plan.trained("grpo")))
+    story.show_answers(console, problems, found)
     seconds = round(time.perf_counter() - started, 1)
-    _write_summary(plan, before, after, num_weights, seconds)
-    story.close_with(console, plan.folder, before, after, seconds)
+    _write_summary(plan, found, num_weights, seconds)
+    story.close_with(console, plan.folder, found, seconds)
     return 0
 
 
-def _write_summary(plan: Plan, before: Measurement, after: Measurement, num_weights: int, seconds: float) -> None:
+def _rewards(folder: Path) -> list[float]:
+    """The mean reward of each logged step."""
+    rows = (json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row["reward"] for row in rows if "reward" in row]
+
+
+def _write_summary(plan: Plan, found: dict[str, Measurement], num_weights: int, seconds: float) -> None:
     summary = {
-        "accuracy_base": before.accuracy,
-        "accuracy_sft": after.accuracy,
-        "standard_error_sft": after.standard_error,
+        **{f"accuracy_{which}": one.accuracy for which, one in found.items()},
+        **{f"standard_error_{which}": one.standard_error for which, one in found.items()},
         "num_problems": plan.num_problems,
         "samples_per_problem": NUM_SAMPLES,
         "num_weights": num_weights,
@@ -137,6 +160,20 @@ def _write_summary(plan: Plan, before: Measurement, after: Measurement, num_weig
         "seconds": seconds,
     }
     (plan.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _by_recipe(words: Sequence[str]) -> dict[Stage, tuple[str, ...]]:
+    """`--sft.KEY value` and `--grpo.KEY value` as options of each; raises `UserError` for a key of neither."""
+    found: dict[Stage, list[str]] = {"sft": [], "grpo": []}
+    into = found["sft"]
+    for word in words:
+        if word.startswith("--"):
+            name, dot, key = word[2:].partition(".")
+            if not dot or name not in found:
+                raise need(word[2:], "--sft.KEY or --grpo.KEY", word, "name the recipe that the key is for")
+            into, word = found[name], f"--{key}"
+        into.append(word)
+    return {stage: tuple(options) for stage, options in found.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,8 +191,8 @@ def _check(args: argparse.Namespace) -> None:
     require(1 <= count <= MAX_PROBLEMS, "num_problems", f"1 <= x <= {MAX_PROBLEMS}", count, "200 is the default")
     folder = Path(args.output_dir)
     require(not folder.exists() or folder.is_dir(), "output_dir", "a folder", args.output_dir, "name another")
-    if not RECIPE.is_file():
-        raise need("quickstart", f"the recipe {RECIPE}", "an installation without it", "run it from a checkout")
+    if not RECIPES.is_dir():
+        raise need("quickstart", f"the recipes in {RECIPES}", "an installation without them", "run it from a checkout")
 
 
 if __name__ == "__main__":

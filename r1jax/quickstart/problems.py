@@ -136,9 +136,12 @@ def write_examples(directory: Path, *, num_train: int, num_test: int, seed: int)
 
 
 def write_tasks(directory: Path, *, num_train: int, num_test: int, seed: int) -> None:
-    """Writes train.jsonl and test.jsonl of questions with solutions, none of which is an answer to imitate."""
+    """Writes train.jsonl and test.jsonl of questions with solutions, none of them with an answer to imitate, and
+    questions.jsonl: the test's as conversations to be gone on with."""
     train = itertools.islice(draw(random.Random(f"tasks {seed}"), held_out=False), num_train)
-    _write(directory, train=map(task, train), test=map(task, held_out_problems(num_test)))
+    held_out = held_out_problems(num_test)
+    questions = ({"messages": row(problem)["messages"][:1], "solution": str(problem.answer)} for problem in held_out)
+    _write(directory, train=map(task, train), test=map(task, held_out), questions=questions)
 
 
 def _write(directory: Path, **splits: Iterable[dict[str, Any]]) -> None:
