@@ -1,4 +1,4 @@
-"""Tokenizers: word level, so that masks can be marked by hand, and byte level for its trimmed offsets; tokenised rows."""
+"""Tokenizers (word level: masks can be marked by hand; byte level: offsets are trimmed), and tokenised rows."""
 
 from collections.abc import Callable
 from pathlib import Path
