@@ -162,8 +162,15 @@ def measure(num_rows: int, num_workers: int | None, folder: Path) -> dict[str, A
 
 def plan_steps(rows: TokenizedRows) -> int:
     """Steps of an epoch, after the plan is made and its first step laid out."""
-    geometry = {"max_length": MAX_LENGTH, "rows_per_micro_batch": 8, "max_micro_batches": 2}
-    plan = make_plan(rows.lengths, packing=True, pack=find_or_pack, **geometry, seed=0)
+    plan = make_plan(
+        rows.lengths,
+        packing=True,
+        pack=find_or_pack,
+        max_length=MAX_LENGTH,
+        rows_per_micro_batch=8,
+        max_micro_batches=2,
+        seed=0,
+    )
     plan.step(0)
     return plan.num_steps
 
