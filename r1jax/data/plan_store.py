@@ -17,7 +17,7 @@ from r1jax.data.progress import row_bar
 from r1jax.data.writer_lock import sole_writer
 
 SMALLEST = 100_000
-"""Sequences below which packing takes less time than it is worth a file: a third of a second."""
+"""Sequences below which packing takes a tenth of a second or three: not worth a file."""
 DTYPES = {"sequences": np.int32, "counts": np.int32}
 """The sequences of all rows end to end, and how many each row has."""
 

@@ -125,7 +125,7 @@ def load_listed(
     files = dict(data_files) if isinstance(data_files, Mapping) else list(data_files) if data_files else None
     try:
         rows = wanted.open(path, name, data_dir=data_dir, data_files=files)
-    except (DatasetsError, OSError, ValueError, AssertionError, RuntimeError, SplitError) as error:
+    except (DatasetsError, OSError, ValueError, AssertionError, RuntimeError, ImportError, SplitError) as error:
         advice = f"{first_line(error.__cause__ or error)}; check path, data_dir, data_files and split"
         raise need(field, "a dataset that can be read", shown(path), advice) from error
     return require_rows(rows, path, field)
