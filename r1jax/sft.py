@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import jax
 
 from r1jax.batch import PackedBatch
@@ -17,7 +16,9 @@ from r1jax.data.encoding import RowEncoder
 from r1jax.data.formats import RowFormat, detect_format
 from r1jax.data.packing import Plan, make_plan
 from r1jax.data.pieces import cut_rows
-from r1jax.data.sources import load_split
+from r1jax.data.plan_store import find_or_pack
+from r1jax.data.splits import load_split
+from r1jax.data.stream_mixture import SplitRows
 from r1jax.data.tokenized import TokenizedRows, tokenise
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
 from r1jax.objectives.reductions import nll_mean, token_sum
@@ -43,7 +44,7 @@ from r1jax.training.step import make_eval_step, make_train_step
 class Split:
     """Rows as they were written, and how to read them."""
 
-    rows: datasets.Dataset
+    rows: SplitRows
     row_format: RowFormat
 
 
@@ -114,7 +115,13 @@ def tokenise_splits(
         if packing and strategy != "bfd" and max_length is not None:
             tokenized = cut_rows(tokenized, max_length, strategy)
         made = make_plan(
-            tokenized.lengths, packing=packing, strategy=strategy, max_length=max_length, seed=config.run.seed, **plan
+            tokenized.lengths,
+            packing=packing,
+            pack=find_or_pack,
+            strategy=strategy,
+            max_length=max_length,
+            seed=config.run.seed,
+            **plan,
         )
         return Rows(tokenized=tokenized, plan=made)
 

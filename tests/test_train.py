@@ -135,6 +135,16 @@ def test_a_run_leaves_what_the_contract_names(trained: Path) -> None:
     assert logged[-1]["loss"] < logged[0]["loss"] * 0.95
 
 
+def test_a_streamed_run_is_the_same_run(trained: Path, world: Path) -> None:
+    path = recipe(world, output_dir=str(world / "streamed"), dataset_streaming=True)
+    assert train.main(["--config", str(path)]) == 0
+    names = ("step", "loss", "eval_loss", "grad_norm", "num_tokens")
+    runs = [
+        [{name: row.get(name) for name in names} for row in metrics(world / name)] for name in ("trained", "streamed")
+    ]
+    assert runs[0] == runs[1]
+
+
 def test_the_export_has_the_loss_in_transformers_that_the_run_reported(trained: Path, world: Path) -> None:
     """Held-out loss recomputed by torch, row by row, without packing; fp32, 1e-4."""
     model = AutoModelForCausalLM.from_pretrained(trained).eval()

@@ -28,6 +28,9 @@ class DataConfig:
     dataset_test_file: str | None = None
     """Local .jsonl, .json, .parquet or .arrow file that is evaluated on instead of dataset_test_split."""
 
+    dataset_streaming: bool = False
+    """Read rows one after the other and tokenise them on the way; no copy of them is made on the disk."""
+
     dataset_prompt_column: str = "prompt"
     """Column with the prompt."""
 

@@ -9,7 +9,6 @@ _HUB = "nothing is pushed to the hub: the finished model is in output_dir, ready
 _PASS_RATE = "only pass-rate filtering reads it, training does not"
 _ROUTER = "open-r1 never passes it to the reward; code runs where code_provider says"
 _LOADER = "grain reads and prefetches rows; dataset_num_proc sets the workers that tokenise"
-_MAPPED = "rows and tokens are mapped from disk, so a dataset need not fit in memory"
 _TORCH = "it tunes torch's distributed training; mesh_* and zero_stage decide here"
 
 FOREIGN: dict[str, str] = {
@@ -43,8 +42,6 @@ FOREIGN: dict[str, str] = {
     "logging_dir": "tensorboard files are written to output_dir/runs",
     "logging_nan_inf_filter": "a loss that is not finite stops the run and names the step",
     "disable_tqdm": "the progress bar is shown on a terminal only",
-    "streaming": _MAPPED,
-    "dataset_streaming": _MAPPED,
     "remove_unused_columns": "columns that nothing reads are never loaded into batches",
     "dataloader_num_workers": _LOADER,
     "dataloader_pin_memory": _LOADER,
@@ -82,6 +79,7 @@ RENAMED: dict[str, str] = {
     "max_seq_length": "max_length",
     "evaluation_strategy": "eval_strategy",
     "dataset_configs": "dataset_config",
+    "streaming": "dataset_streaming",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "no_cuda": "JAX_PLATFORMS=cpu in the environment",
     "use_cpu": "JAX_PLATFORMS=cpu in the environment",

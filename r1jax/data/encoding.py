@@ -14,11 +14,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.errors import need
-from r1jax.data.formats import Row, RowFormat
+from r1jax.data.formats import RowFormat
 from r1jax.data.messages import RowError
 from r1jax.data.pretokenised import read_tokens
 from r1jax.data.rendering import Rendered, render
+from r1jax.data.streams import Row
 from r1jax.data.templates import check_tokenizer
+
+Encoded = tuple[list[int], np.ndarray, bool]
+"""Tokens and mask of a row, and whether it begins with its prompt's tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +35,16 @@ class EncodedRows:
     """bool [sum of lengths]: train on this token; never on a row's first."""
     lengths: np.ndarray
     """int32 [rows kept]"""
-    num_dropped: int
-    """Rows with no token to train on, after the cut to max_length."""
-    num_truncated: int
-    """Rows longer than max_length; their end, stop token included, is lost."""
-    num_unaligned: int
-    """Rows whose prompt, tokenised alone as at generation, is not how the row begins."""
+    fates: np.ndarray
+    """uint8 [rows of the chunk]: what happened to each, the sum of those below; 0 is a row that is here as it was."""
+
+
+DROPPED = 1
+"""No token to train on, after the cut to max_length: the row is not among those kept."""
+TRUNCATED = 2
+"""Longer than max_length; its end, stop token included, is lost."""
+UNALIGNED = 4
+"""Its prompt, tokenised alone as at generation, is not how the row begins."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,59 +59,62 @@ class RowEncoder:
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.row_format)
 
-    def encode(self, rows: Sequence[Row], first_index: int = 0) -> EncodedRows:
-        """Tokens and masks of a chunk of rows; `first_index` is the number of the first, for error messages."""
+    def encode(self, rows: Sequence[Row], first_index: int = 0, *, field: str = "dataset_name") -> EncodedRows:
+        """Tokens and masks of a chunk of rows.
+
+        `first_index` is the number of the first, `field` the config key that names them, both for error messages.
+        """
         whole = self._read if self.row_format.kind == "tokens" else self._write
-        kept_tokens, kept_masks, num_truncated, num_unaligned = [], [], 0, 0
-        for tokens, mask, aligned in whole(rows, first_index):
-            num_truncated += self.max_length is not None and len(tokens) > self.max_length
-            num_unaligned += not aligned
+        kept_tokens, kept_masks, fates = [], [], []
+        for tokens, mask, aligned in whole(rows, first_index, field):
+            truncated = self.max_length is not None and len(tokens) > self.max_length
             mask = mask[: self.max_length]
-            if mask.any():
+            fates.append(DROPPED * (not mask.any()) | TRUNCATED * truncated | UNALIGNED * (not aligned))
+            if not fates[-1] & DROPPED:
                 kept_tokens.append(np.asarray(tokens[: self.max_length], np.int32))
                 kept_masks.append(mask)
         return EncodedRows(
             tokens=np.concatenate(kept_tokens or [np.zeros(0, np.int32)]),
             loss_mask=np.concatenate(kept_masks or [np.zeros(0, bool)]),
             lengths=np.asarray([len(tokens) for tokens in kept_tokens], np.int32),
-            num_dropped=len(rows) - len(kept_tokens),
-            num_truncated=num_truncated,
-            num_unaligned=num_unaligned,
+            fates=np.asarray(fates, np.uint8),
         )
 
-    def _read(self, rows: Sequence[Row], first_index: int) -> Iterator[tuple[list[int], np.ndarray, bool]]:
+    def _read(self, rows: Sequence[Row], first_index: int, field: str) -> Iterator[Encoded]:
         """Tokens and mask of rows that are tokens already."""
         num_tokens = max(self.tokenizer.get_vocab().values()) + 1
         for i, row in enumerate(rows):
-            with self._row_errors(first_index + i):
+            with self._row_errors(first_index + i, field):
                 tokens, mask = read_tokens(row, self.row_format, num_tokens)
             yield tokens, mask, True
 
-    def _write(self, rows: Sequence[Row], first_index: int) -> Iterator[tuple[list[int], np.ndarray, bool]]:
+    def _write(self, rows: Sequence[Row], first_index: int, field: str) -> Iterator[Encoded]:
         """Tokens and mask of each row, and whether it begins with its prompt's tokens."""
         rendered = []
         for i, row in enumerate(rows):
-            with self._row_errors(first_index + i):
+            with self._row_errors(first_index + i, field):
                 rendered.append(render(row, self.row_format, self.tokenizer))
         token_lists, ends = self._tokenise([r.text for r in rendered])
         prompts = self._prompt_tokens(rendered)
         for i, (r, tokens, end, prompt) in enumerate(zip(rendered, token_lists, ends, prompts, strict=True)):
             mask = trained_tokens(end, r.trained)
             if self.max_length is None or len(tokens) <= self.max_length:
-                self._check_stop(r, tokens, end, mask, first_index + i)
+                self._check_stop(r, tokens, end, mask, first_index + i, field)
             yield tokens, mask, tokens[: len(prompt)] == prompt
 
     @contextlib.contextmanager
-    def _row_errors(self, index: int) -> Iterator[None]:
+    def _row_errors(self, index: int, field: str) -> Iterator[None]:
         """Turns a RowError into the UserError that names the row."""
         try:
             yield
         except RowError as error:
             columns = " and ".join(self.row_format.columns)
             rule = f"{columns} that can be {'read' if self.row_format.kind == 'tokens' else 'written out'}"
-            raise need("dataset_name", rule, f"row {index}", str(error)) from error
+            raise need(field, rule, f"row {index}", str(error)) from error
 
-    def _check_stop(self, r: Rendered, tokens: list[int], ends: np.ndarray, mask: np.ndarray, index: int) -> None:
+    def _check_stop(
+        self, r: Rendered, tokens: list[int], ends: np.ndarray, mask: np.ndarray, index: int, field: str
+    ) -> None:
         """Raise UserError when a whole row does not train the token that says when to stop.
 
         Where the model has the last word, that is the last token trained on, but for white space that the template
@@ -119,7 +130,7 @@ class RowEncoder:
         if not any(tokens[at] == stop for at in candidates):
             rule = f"rows that train their stop token {self.tokenizer.eos_token}"
             advice = "take the row out, or set a chat_template that writes the token after every answer"
-            raise need("dataset_name", rule, f"row {index} without", advice)
+            raise need(field, rule, f"row {index} without", advice)
 
     def _tokenise(self, texts: list[str]) -> tuple[list[list[int]], list[np.ndarray]]:
         """Token ids of each text, and for each token the index after its last character."""

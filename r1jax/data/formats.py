@@ -7,8 +7,7 @@ to the chat template; beside tokens, `labels`, `completion_mask` and `assistant_
 
 import dataclasses
 import logging
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 
@@ -17,10 +16,11 @@ from r1jax.config.errors import need
 from r1jax.config.objective import ObjectiveConfig
 from r1jax.data.messages import is_conversation
 from r1jax.data.sources import require_columns
+from r1jax.data.stream_mixture import SplitRows
+from r1jax.data.streams import Row
 
 logger = logging.getLogger(__name__)
 
-Row = Mapping[str, Any]
 Kind = Literal["tokens", "messages", "prompt_completion", "text"]
 
 TOKENS, TOOLS, TEMPLATE_KWARGS = "input_ids", "tools", "chat_template_kwargs"
@@ -51,7 +51,7 @@ class RowFormat:
         return [*self.columns, *self.template_columns, *self.mask_columns]
 
 
-def detect_format(rows: datasets.Dataset, config: DataConfig, objective: ObjectiveConfig) -> RowFormat:
+def detect_format(rows: SplitRows, config: DataConfig, objective: ObjectiveConfig) -> RowFormat:
     """The format of a dataset, decided by its columns: tokens, else messages, else prompt and completion, else text.
 
     A column key that is not at its default asks for that format, so it goes before the others and its column must
@@ -67,7 +67,9 @@ def detect_format(rows: datasets.Dataset, config: DataConfig, objective: Objecti
             f"rows of {kind}",
             "remove the key, or name the columns with dataset_prompt_column and dataset_completion_column",
         )
-    conversational = _is_conversational(rows[0], kind, columns)
+    conversational = _is_conversational(
+        rows[0] if isinstance(rows, datasets.Dataset) else rows.first_row, kind, columns
+    )
     if objective.assistant_only_loss and not conversational:
         got = f"strings in {' and '.join(columns)}"
         advice = "remove the key, or write the rows as conversations"
@@ -84,7 +86,7 @@ def detect_format(rows: datasets.Dataset, config: DataConfig, objective: Objecti
     )
 
 
-def _tokens_format(rows: datasets.Dataset, objective: ObjectiveConfig) -> RowFormat:
+def _tokens_format(rows: SplitRows, objective: ObjectiveConfig) -> RowFormat:
     """Tokens with the masks beside them; one that a key asks for must be there, one that is refused is not read."""
     found = [name for name in TOKEN_MASKS if name in rows.column_names]
     for key, wanted, accepted in (
@@ -102,7 +104,7 @@ def _tokens_format(rows: datasets.Dataset, objective: ObjectiveConfig) -> RowFor
     )
 
 
-def _named_columns(rows: datasets.Dataset, config: DataConfig) -> tuple[Kind, tuple[str, ...]] | None:
+def _named_columns(rows: SplitRows, config: DataConfig) -> tuple[Kind, tuple[str, ...]] | None:
     pair = (config.dataset_prompt_column, config.dataset_completion_column)
     if pair != (DataConfig.dataset_prompt_column, DataConfig.dataset_completion_column):
         require_columns(rows, pair[:1], field="dataset_prompt_column")
@@ -114,7 +116,7 @@ def _named_columns(rows: datasets.Dataset, config: DataConfig) -> tuple[Kind, tu
     return None
 
 
-def _first_present(rows: datasets.Dataset) -> tuple[Kind, tuple[str, ...]]:
+def _first_present(rows: SplitRows) -> tuple[Kind, tuple[str, ...]]:
     candidates: tuple[tuple[Kind, tuple[str, ...]], ...] = (
         ("tokens", (TOKENS,)),
         ("messages", ("messages",)),

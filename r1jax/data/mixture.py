@@ -3,11 +3,34 @@
 So the rows and their order are the very ones that open-r1 and TRL train on with the same seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import datasets
 
-from r1jax.config.errors import need, shown
+from r1jax.config.errors import UserError, need, shown
+from r1jax.config.mixture import MixtureConfig
+
+
+def mix(parts: Sequence[datasets.Dataset], config: MixtureConfig, which: Literal["train", "test"]) -> datasets.Dataset:
+    """The mixture's rows for training, or those that its test_split_size holds out; `parts` are its datasets."""
+    if config.dataset_mixture is not None:
+        seed, weights = config.dataset_mixture.seed, [entry.weight for entry in config.dataset_mixture.datasets]
+        rows = mix_weighted(parts, weights, seed, field=list_key(config))
+    else:
+        fractions = [entry.fraction for entry in config.datasets or () if entry.fraction is not None]
+        seed, rows = 0, mix_shares(parts, fractions or None, field=list_key(config))
+    if config.test_size is None:
+        if which == "test":
+            raise need(config.size_key, "rows that are held out", "null", "set it, or name dataset_test_file")
+        return rows
+    train, test = hold_out(rows, config.test_size, seed, field=config.size_key)
+    return train if which == "train" else test
+
+
+def list_key(config: MixtureConfig) -> str:
+    """The config key with the list of datasets."""
+    return "datasets" if config.dataset_mixture is None else "dataset_mixture.datasets"
 
 
 def mix_weighted(
@@ -58,5 +81,10 @@ def join(parts: Sequence[datasets.Dataset], *, field: str) -> datasets.Dataset:
     try:
         return datasets.concatenate_datasets([part for part in parts if len(part)])
     except (ValueError, TypeError) as error:  # one column with two types
-        columns = " and ".join(sorted({shown(str(dict(part.features)), 200) for part in parts}))
-        raise need(field, "columns of the same types", columns, "name the columns in common with columns") from error
+        raise type_mismatch([part.features for part in parts], field=field) from error
+
+
+def type_mismatch(features: Iterable[datasets.Features | None], *, field: str) -> UserError:
+    """The UserError for datasets that have one column with two types."""
+    columns = " and ".join(sorted({shown(str(dict(each or {})), 200) for each in features}))
+    return need(field, "columns of the same types", columns, "name the columns in common with columns")

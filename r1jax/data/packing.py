@@ -11,7 +11,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Integer
@@ -22,6 +22,9 @@ SMALLEST_BUCKET = 64
 
 PackedRow = tuple[int, ...]
 """The numbers of the sequences in a row, in their order; () is a row of padding."""
+
+Packer = Callable[[np.ndarray, PackingStrategy, int], tuple[PackedRow, ...]]
+"""`pack`, or what remembers its rows."""
 
 
 def best_fit(lengths: Integer[np.ndarray, " N"], capacity: int) -> list[list[int]]:
@@ -66,6 +69,11 @@ def wrap(lengths: Integer[np.ndarray, " N"], capacity: int) -> list[list[int]]:
     assert (row_of == (ends - 1) // capacity).all(), "sequences are cut at the ends of rows before they are wrapped"
     first = np.flatnonzero(np.diff(row_of, prepend=-1)).tolist()
     return [list(range(start, stop)) for start, stop in itertools.pairwise([*first, len(lengths)])]
+
+
+def pack(lengths: Integer[np.ndarray, " N"], strategy: PackingStrategy, capacity: int) -> tuple[PackedRow, ...]:
+    """All rows of the dataset, as that strategy makes them."""
+    return tuple(tuple(row) for row in (wrap if strategy == "wrapped" else best_fit)(lengths, capacity))
 
 
 def bucket_length(length: int, max_length: int | None) -> int:
@@ -192,6 +200,7 @@ def make_plan(
     lengths: Integer[np.ndarray, " N"],
     *,
     packing: bool,
+    pack: Packer = pack,
     strategy: PackingStrategy = "bfd",
     max_length: int | None,
     rows_per_micro_batch: int,
@@ -213,7 +222,7 @@ def make_plan(
     assert max_length is not None or not packing, "the config asks for max_length with packing"
     packed_rows = None
     if packing and max_length is not None:
-        packed_rows = tuple(tuple(row) for row in (wrap if strategy == "wrapped" else best_fit)(lengths, max_length))
+        packed_rows = pack(lengths, strategy, max_length)
     plan = Plan(
         lengths=lengths.astype(np.int32),
         packed_rows=packed_rows,

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from r1jax.data.formats import Row, RowFormat
+from r1jax.data.formats import RowFormat
 from r1jax.data.messages import RowError
+from r1jax.data.streams import Row
 
 IGNORED = -100
 """A label that is not trained on, as everywhere in Hugging Face's libraries."""

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from r1jax.data.formats import TEMPLATE_KWARGS, TOOLS, Row, RowFormat, value_kind
+from r1jax.data.formats import TEMPLATE_KWARGS, TOOLS, RowFormat, value_kind
 from r1jax.data.messages import Message, RowError, read_messages, read_template_kwargs, read_tools
+from r1jax.data.streams import Row
 from r1jax.data.templates import apply_template
 from r1jax.data.turns import Write, answer_spans, common_length
 

@@ -5,26 +5,23 @@ The array is a file mapped into memory (`token_store`), so a dataset's tokens ne
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import multiprocessing
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator
 from typing import Any
 
 import datasets
-import grain
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from r1jax.config.errors import need
 from r1jax.data import token_store
-from r1jax.data.encoding import EncodedRows, RowEncoder
+from r1jax.data.encoding import DROPPED, TRUNCATED, UNALIGNED, EncodedRows, RowEncoder
+from r1jax.data.encoding_pool import CHUNK_ROWS, encode_all
+from r1jax.data.gathering import gather
+from r1jax.data.progress import row_bar
+from r1jax.data.stream_mixture import SplitRows, StreamMixture
 
 logger = logging.getLogger(__name__)
-
-CHUNK_ROWS = 256  # a chunk is one call of the tokenizer: large enough to be worth handing to a thread or a process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +59,7 @@ class TokenizedRows:
 
 
 def tokenise(
-    rows: datasets.Dataset, encoder: RowEncoder, *, num_workers: int | None = None, show_progress: bool = True
+    rows: SplitRows, encoder: RowEncoder, *, num_workers: int | None = None, show_progress: bool = True
 ) -> TokenizedRows:
     """All rows as tokens, from the cache on disk where they are there; the same for any number of workers.
 
@@ -70,82 +67,51 @@ def tokenise(
 
     `num_workers` is the config's `dataset_num_proc`: more than one starts that many processes, otherwise threads of
     this process do it (the tokenizer itself runs outside Python's lock). Processes are started afresh, not forked:
-    this one has threads, jax's among them, which a fork would leave in pieces.
+    this one has threads, jax's among them, which a fork would leave in pieces. A stream is read by this process.
     """
-    folder = token_store.cache_folder(rows, encoder)
-    stored = token_store.read(folder)
-    if stored is None:
-        with token_store.sole_writer(folder):
-            stored = token_store.read(folder)  # another process may have written them meanwhile
-            if stored is None:
-                token_store.write(folder, _all_chunks(rows, encoder, num_workers or 1, show_progress))
-                stored = token_store.read(folder)
-                assert stored is not None, f"{folder} was changed while it was written"
-    lengths = stored.arrays["lengths"]
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    fields: dict[str, Any] = {**stored.arrays, **stored.counts}
-    result = TokenizedRows(**fields, offsets=offsets)
-    _report(result, len(rows))
+    stored = _tokenised(rows, encoder, num_workers or 1, show_progress)
+    fates = stored.pop("fates")
+    if len(stored["lengths"]) == 0:
+        advice = "raise max_length, or check that the completions are not empty"
+        raise need("max_length", "room for tokens to train on", f"none in any of {len(fates)} rows", advice)
+    fields: dict[str, Any] = {
+        "num_dropped": int(np.count_nonzero(fates & DROPPED)),
+        "num_truncated": int(np.count_nonzero(fates & TRUNCATED)),
+        "num_unaligned": int(np.count_nonzero(fates & UNALIGNED)),
+    }
+    offsets = np.concatenate([[0], np.cumsum(stored["lengths"], dtype=np.int64)])
+    result = TokenizedRows(**stored, **fields, offsets=offsets)
+    _report(result, len(fates))
     return result
 
 
-def _all_chunks(
-    rows: datasets.Dataset, encoder: RowEncoder, num_workers: int, show_progress: bool
-) -> Iterator[EncodedRows]:
-    """The whole dataset, chunk by chunk; raises UserError at the end when nothing was left to train on."""
-    chunks = [(start, min(start + CHUNK_ROWS, len(rows))) for start in range(0, len(rows), CHUNK_ROWS)]
-    console, num_kept = Console(stderr=True), 0
-    with Progress(console=console, disable=not (show_progress and console.is_terminal), transient=True) as progress:
-        task = progress.add_task("tokenising", total=len(rows))
-        for (start, stop), chunk in zip(chunks, _encode_chunks(rows, encoder, chunks, num_workers), strict=True):
-            num_kept += len(chunk.lengths)
+def _tokenised(rows: SplitRows, encoder: RowEncoder, num_workers: int, show_progress: bool) -> dict[str, np.ndarray]:
+    """The arrays of the token store; those of a mixture's parts are made first, each in a folder of its own."""
+    folder = token_store.cache_folder(rows, encoder)
+    make: Callable[[], Generator[EncodedRows]]
+    if isinstance(rows, StreamMixture):
+        stored = token_store.read(folder)
+        if stored is not None:
+            return stored
+        # Before the mixture's own folder is locked: that would say nothing for as long as this takes.
+        parts = [_tokenised(part, encoder, num_workers, show_progress) for part in rows.parts]
+        order = rows.order([len(part["fates"]) for part in parts])
+        make = functools.partial(gather, parts, *order, CHUNK_ROWS)
+        title, total = "mixing", len(order[0])
+    else:
+        make = functools.partial(encode_all, rows, encoder, num_workers)
+        title, total = "tokenising", len(rows) if isinstance(rows, datasets.Dataset) else None
+    return token_store.find_or_write(folder, lambda: _counted(make(), title, total, show_progress))
+
+
+def _counted(
+    chunks: Generator[EncodedRows], title: str, total: int | None, show_progress: bool
+) -> Generator[EncodedRows]:
+    """The chunks, with a bar."""
+    with contextlib.closing(chunks), row_bar(title, total, show=show_progress) as advance:
+        for chunk in chunks:
             yield chunk
-            progress.advance(task, stop - start)
-    if num_kept == 0:
-        advice = "raise max_length, or check that the completions are not empty"
-        raise need("max_length", "room for tokens to train on", f"none in any of {len(rows)} rows", advice)
-
-
-def _encode_chunks(
-    rows: datasets.Dataset, encoder: RowEncoder, chunks: list[tuple[int, int]], num_workers: int
-) -> Iterator[EncodedRows]:
-    """The chunks in their order; grain keeps the order and looks ahead, its threads encode or wait for a process."""
-    with contextlib.ExitStack() as stack:
-        if num_workers > 1:
-            pool = stack.enter_context(_worker_pool(rows, encoder, min(num_workers, len(chunks))))
-            dataset = grain.MapDataset.source(chunks).map(lambda chunk: pool.submit(_encode_in_worker, *chunk).result())
-            options = grain.ReadOptions(num_threads=2 * num_workers, prefetch_buffer_size=4 * num_workers)
-        else:
-            dataset = grain.MapDataset.source(chunks).map(lambda chunk: _encode_chunk(rows, encoder, *chunk))
-            options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        iterator = stack.enter_context(contextlib.closing(iter(dataset.to_iter_dataset(options))))
-        yield from iterator
-
-
-def _encode_chunk(rows: datasets.Dataset, encoder: RowEncoder, start: int, stop: int) -> EncodedRows:
-    columns = rows.select_columns(encoder.row_format.all_columns)[start:stop]
-    return encoder.encode(
-        [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], start
-    )
-
-
-# What a worker process works on: set once when it starts, since the rows' tables are not for sending with every chunk.
-_worker_task: list[tuple[datasets.Dataset, RowEncoder]] = []
-
-
-def _worker_pool(rows: datasets.Dataset, encoder: RowEncoder, num_workers: int) -> ProcessPoolExecutor:
-    """Processes that encode chunks; they touch no device. Not grain's own: those need absl's flags to be parsed."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(rows, encoder))
-
-
-def _start_worker(rows: datasets.Dataset, encoder: RowEncoder) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already are the parallelism
-    _worker_task.append((rows, encoder))
-
-
-def _encode_in_worker(start: int, stop: int) -> EncodedRows:
-    return _encode_chunk(*_worker_task[0], start, stop)
+            advance(len(chunk.fates))
 
 
 def _report(result: TokenizedRows, num_rows: int) -> None:

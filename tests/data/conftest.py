@@ -1,11 +1,15 @@
-"""Tokenizers made here: word level, so that masks can be marked by hand, and byte level for its trimmed offsets."""
+"""Tokenizers (word level: masks can be marked by hand; byte level: offsets are trimmed), and tokenised rows."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets.config
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from r1jax.data.tokenized import TokenizedRows
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>"]
 WORDS = [
@@ -70,3 +74,26 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         [processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def make_rows() -> Callable[..., TokenizedRows]:
+    """make_rows(lengths): row i holds the tokens 100 i + 1, 100 i + 2, ...; all but its first third is trained on.
+
+    `untrained` says otherwise how many tokens at the start of each row are not.
+    """
+
+    def make(lengths: list[int], untrained: int | None = None) -> TokenizedRows:
+        masks = [np.arange(length) >= (max(1, length // 3) if untrained is None else untrained) for length in lengths]
+        return TokenizedRows(
+            tokens=np.concatenate([100 * i + 1 + np.arange(n, dtype=np.int32) for i, n in enumerate(lengths)]),
+            loss_mask=np.concatenate(masks),
+            lengths=np.asarray(lengths, np.int32),
+            loss_tokens=np.asarray([mask.sum() for mask in masks], np.int32),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            num_dropped=0,
+            num_truncated=0,
+            num_unaligned=0,
+        )
+
+    return make

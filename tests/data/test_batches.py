@@ -11,21 +11,6 @@ from r1jax.data.tokenized import TokenizedRows
 FIELDS = ("tokens", "positions", "segment_ids", "loss_mask", "loss_weight")
 
 
-def make_rows(lengths: list[int]) -> TokenizedRows:
-    """Row i holds the tokens 100 i + 1, 100 i + 2, ...; all but the first third is trained on."""
-    masks = [np.arange(length) >= max(1, length // 3) for length in lengths]
-    return TokenizedRows(
-        tokens=np.concatenate([100 * i + 1 + np.arange(n, dtype=np.int32) for i, n in enumerate(lengths)]),
-        loss_mask=np.concatenate(masks),
-        lengths=np.asarray(lengths, np.int32),
-        loss_tokens=np.asarray([mask.sum() for mask in masks], np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        num_dropped=0,
-        num_truncated=0,
-        num_unaligned=0,
-    )
-
-
 def token_mean(loss_tokens: np.ndarray) -> np.ndarray:
     return np.full(len(loss_tokens), 1 / loss_tokens.sum())
 
@@ -49,7 +34,7 @@ def assert_equal(a: PackedBatch, b: PackedBatch, rows: slice = slice(None)) -> N
         np.testing.assert_array_equal(getattr(a, field), getattr(b, field)[:, rows], strict=True)
 
 
-def test_a_batch_by_hand():
+def test_a_batch_by_hand(make_rows):
     """Lengths 4, 3, 5, 2 in rows of 8: best fit gives [5, 3] and [4, 2], spread over one micro-batch of two rows."""
     rows = make_rows([4, 3, 5, 2])
     plan = some_plan(rows, max_length=8, rows_per_micro_batch=2, max_micro_batches=1, shuffle=False)
@@ -66,7 +51,7 @@ def test_a_batch_by_hand():
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("weigh", [token_mean, sequence_mean])
-def test_weights_of_a_step_sum_to_one(packing, weigh):
+def test_weights_of_a_step_sum_to_one(make_rows, packing, weigh):
     rows = make_rows([2 + i % 9 for i in range(45)])
     for batch in batches(rows, some_plan(rows, packing=packing), weigh=weigh).values():
         assert batch.loss_weight.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
@@ -76,14 +61,14 @@ def test_weights_of_a_step_sum_to_one(packing, weigh):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_every_token_of_every_row_arrives_once(packing):
+def test_every_token_of_every_row_arrives_once(make_rows, packing):
     rows = make_rows([2 + i % 9 for i in range(45)])
     found = [batch.tokens[batch.segment_ids > 0] for batch in batches(rows, some_plan(rows, packing=packing)).values()]
     assert sorted(np.concatenate(found).tolist()) == sorted(rows.tokens.tolist())
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_processes_build_their_rows_of_the_same_batch(packing):
+def test_processes_build_their_rows_of_the_same_batch(make_rows, packing):
     rows = make_rows([2 + i % 9 for i in range(45)])
     plan = some_plan(rows, packing=packing, num_epochs=2.0)
     whole = batches(rows, plan)
@@ -92,7 +77,7 @@ def test_processes_build_their_rows_of_the_same_batch(packing):
             assert_equal(batch, whole[step], slice(local.start, local.stop))
 
 
-def test_resumed_stream_and_any_number_of_threads_give_the_same_batches():
+def test_resumed_stream_and_any_number_of_threads_give_the_same_batches(make_rows):
     rows = make_rows([2 + i % 9 for i in range(200)])
     plan = some_plan(rows, num_epochs=3.0)
     whole = batches(rows, plan)
@@ -105,7 +90,7 @@ def test_resumed_stream_and_any_number_of_threads_give_the_same_batches():
     assert batches(rows, plan, start_step=plan.num_steps) == {}
 
 
-def test_closing_ends_the_threads():
+def test_closing_ends_the_threads(make_rows):
     rows = make_rows([2 + i % 9 for i in range(200)])
     before = set(threading.enumerate())
     stream = BatchStream(rows, some_plan(rows, max_steps=1000), weigh=token_mean, local_rows=range(4))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from r1jax.data.encoding import RowEncoder, trained_tokens
+from r1jax.data.encoding import DROPPED, TRUNCATED, UNALIGNED, RowEncoder, trained_tokens
 from r1jax.data.formats import RowFormat
 
 MESSAGES = RowFormat(kind="messages", columns=("messages",), conversational=True, completion_only=False)
@@ -48,7 +48,7 @@ def test_plain_rows(tokenizer):
 def test_token_across_the_boundary_is_trained_on_and_counted(tokenizer):
     row = {"p": "a:1", "c": "2?"}
     assert marked(encoder(tokenizer, PAIR), row) == "a:[12][?][<|im_end|>]"
-    assert encoder(tokenizer, PAIR).encode([row, {"p": "a:", "c": "12"}]).num_unaligned == 1
+    assert encoder(tokenizer, PAIR).encode([row, {"p": "a:", "c": "12"}]).fates.tolist() == [UNALIGNED, 0]
 
 
 def test_trimmed_offsets_and_an_added_bos(byte_tokenizer):
@@ -77,7 +77,7 @@ def test_cut_to_max_length_keeps_the_start_and_drops_rows_left_without_target(to
     encoded = encoder(tokenizer, PAIR, 4).encode(rows)
     assert encoded.lengths.tolist() == [4, 3]
     assert encoded.loss_mask.tolist() == [False, False, False, True, False, True, True]
-    assert (encoded.num_dropped, encoded.num_truncated, encoded.num_unaligned) == (1, 2, 0)
+    assert encoded.fates.tolist() == [TRUNCATED, 0, TRUNCATED | DROPPED]
     assert encoded.tokens.dtype == np.int32
     assert "".join(tokenizer.convert_ids_to_tokens(encoded.tokens)) == "a b?yesa?<|im_end|>"
 
@@ -101,7 +101,7 @@ def test_a_whole_row_without_its_stop_token_is_refused(tokenizer):
     with pytest.raises(ValueError, match=message):
         encoder(tokenizer, MESSAGES).encode(rows, first_index=5)
     # Cut rows have lost theirs anyway; a user's last word needs none, as an earlier answer has been ended.
-    assert encoder(tokenizer, MESSAGES, max_length=4).encode(rows).num_truncated == 3
+    assert encoder(tokenizer, MESSAGES, max_length=4).encode(rows).fates.tolist() == [TRUNCATED] * 3
     assert encoder(tokenizer, MESSAGES).encode([rows[2]]).lengths.tolist() == [13]
 
 

@@ -10,7 +10,7 @@ import pytest
 from r1jax.config.data import DataConfig
 from r1jax.config.mixture import DatasetMixture, MixtureConfig, SharedDataset, WeightedDataset
 from r1jax.data.mixture import hold_out, join, mix_shares, mix_weighted, share_counts
-from r1jax.data.sources import load_split
+from r1jax.data.splits import load_split
 
 
 def numbered(start: int, count: int) -> datasets.Dataset:
@@ -28,7 +28,9 @@ def write(folder: Path, name: str, start: int, count: int) -> str:
 
 
 def load(mixture: MixtureConfig, which: Literal["train", "test"]) -> datasets.Dataset:
-    return load_split(DataConfig(), which, mixture)
+    rows = load_split(DataConfig(), which, mixture)
+    assert isinstance(rows, datasets.Dataset)
+    return rows
 
 
 def test_weights_take_the_first_rows_after_a_shuffle():

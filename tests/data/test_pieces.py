@@ -4,22 +4,6 @@ import pytest
 from r1jax.data.batches import BatchStream
 from r1jax.data.packing import make_plan
 from r1jax.data.pieces import cut_rows, piece_boundaries
-from r1jax.data.tokenized import TokenizedRows
-
-
-def make_rows(lengths: list[int]) -> TokenizedRows:
-    """Row i holds the tokens 100 i + 1, 100 i + 2, ...; all but the first two are trained on."""
-    masks = [np.arange(length) >= 2 for length in lengths]
-    return TokenizedRows(
-        tokens=np.concatenate([100 * i + 1 + np.arange(n, dtype=np.int32) for i, n in enumerate(lengths)]),
-        loss_mask=np.concatenate(masks),
-        lengths=np.asarray(lengths, np.int32),
-        loss_tokens=np.asarray([mask.sum() for mask in masks], np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        num_dropped=0,
-        num_truncated=0,
-        num_unaligned=0,
-    )
 
 
 @pytest.mark.parametrize(
@@ -36,9 +20,9 @@ def test_boundaries(lengths, strategy, boundaries):
     assert piece_boundaries(np.asarray(lengths), 4, strategy).tolist() == boundaries
 
 
-def test_pieces_by_hand():
+def test_pieces_by_hand(make_rows):
     """9 tokens in rows of 4: 1-4, 5-8, 9. Trained on: 3, 4, then not 5 (its context is gone), 6, 7, 8; of 9 nothing."""
-    pieces = cut_rows(make_rows([9, 3]), 4, "bfd_split")
+    pieces = cut_rows(make_rows([9, 3], untrained=2), 4, "bfd_split")
     assert [pieces[i][0].tolist() for i in range(4)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9], [101, 102, 103]]
     assert [pieces[i][1].tolist() for i in range(4)] == [
         [False, False, True, True],
@@ -50,8 +34,8 @@ def test_pieces_by_hand():
     assert pieces.loss_tokens.dtype == pieces.lengths.dtype == np.int32
 
 
-def test_wrapped_batch_keeps_pieces_apart():
-    pieces = cut_rows(make_rows([3, 4, 5]), 4, "wrapped")
+def test_wrapped_batch_keeps_pieces_apart(make_rows):
+    pieces = cut_rows(make_rows([3, 4, 5], untrained=2), 4, "wrapped")
     plan = make_plan(pieces.lengths, packing=True, strategy="wrapped", max_length=4, rows_per_micro_batch=3,
                      max_micro_batches=1, seed=0, shuffle=False)  # fmt: skip
     with BatchStream(pieces, plan, weigh=lambda counts: np.ones(len(counts)), local_rows=range(3)) as stream:

@@ -5,7 +5,9 @@ import datasets
 import pytest
 
 from r1jax.config.data import DataConfig
-from r1jax.data.sources import load_file, load_rows, load_split, require_columns
+from r1jax.data.sources import load_file, load_rows, require_columns
+from r1jax.data.splits import load_split
+from r1jax.data.stream_mixture import SplitRows
 
 ROWS = [{"text": str(i)} for i in range(10)]
 
@@ -24,7 +26,8 @@ def write_every_kind(folder: Path) -> None:
     next((folder / "d").glob("data*.arrow")).rename(folder / "d.arrow")
 
 
-def texts(rows: datasets.Dataset) -> list[str]:
+def texts(rows: SplitRows) -> list[str]:
+    assert isinstance(rows, datasets.Dataset)
     return list(rows["text"])
 
 
@@ -66,8 +69,8 @@ def test_split_of_dataset_name(tmp_path: Path):
     write_jsonl(tmp_path / "train.jsonl")
     write_jsonl(tmp_path / "held_out.jsonl", ROWS[:2])
     config = DataConfig(dataset_name=str(tmp_path), dataset_test_split="held_out")
-    assert len(load_split(config, "train")) == 10
-    assert len(load_split(config, "test")) == 2
+    assert len(texts(load_split(config, "train"))) == 10
+    assert len(texts(load_split(config, "test"))) == 2
 
 
 def test_test_split_is_never_the_training_file(tmp_path: Path):

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import pytest
 
-from r1jax.data import token_store, tokenized
+from r1jax.data import array_folder, encoding_pool, token_store
 from r1jax.data.encoding import RowEncoder
 from r1jax.data.formats import RowFormat
 from r1jax.data.packing import make_plan
@@ -57,7 +57,7 @@ def refuse(*_: object) -> None:
 
 def test_second_time_nothing_is_tokenised(rows, tokenizer, monkeypatch: pytest.MonkeyPatch, caplog):
     first = tokenise(rows, make_encoder(tokenizer))
-    monkeypatch.setattr(tokenized, "_encode_chunk", refuse)
+    monkeypatch.setattr(encoding_pool, "_encode_span", refuse)
     with caplog.at_level(logging.WARNING, "r1jax"):
         assert_equal(tokenise(rows, make_encoder(copy.deepcopy(tokenizer))), first)
     assert not first.tokens.flags.writeable
@@ -100,7 +100,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "loss_mask.bin", "lengths.bin", "loss_tokens.bin", "meta.json"])
+@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in token_store.DTYPES), "meta.json"])
 @pytest.mark.parametrize(
     "damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-3]), flip], ids=["gone", "short", "flip"]
 )
@@ -137,7 +137,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(rows, tokenizer, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(token_store.os, "fsync", full)
+    monkeypatch.setattr(array_folder.os, "fsync", full)
     with pytest.raises(
         ValueError, match=r"^R1JAX_CACHE: need room for the tokenised rows, got a full disk at .*; make"
     ):
@@ -161,15 +161,15 @@ from transformers import PreTrainedTokenizerFast
 from r1jax.data.encoding import RowEncoder
 from r1jax.data.formats import RowFormat
 from r1jax.data.packing import make_plan
-from r1jax.data import tokenized
+from r1jax.data import encoding_pool, tokenized
 
 logging.basicConfig(level=logging.INFO)
 folder, index = Path(sys.argv[1]), int(sys.argv[2])
-encode = tokenized._encode_chunk
+encode = encoding_pool._encode_span
 def counted(*arguments):
     (folder / f"tokenised-by-{index}").touch()
     return encode(*arguments)
-tokenized._encode_chunk = counted
+encoding_pool._encode_span = counted
 rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=str(folder / "hf"))
 pair = RowFormat(kind="prompt_completion", columns=("p", "c"), conversational=False, completion_only=True)
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
@@ -187,14 +187,14 @@ def plan_of(result: TokenizedRows) -> str:
 def test_four_at_once_get_one_plan_and_one_of_them_tokenises(rows, tokenizer, monkeypatch: pytest.MonkeyPatch):
     """Threads stand for processes: the lock is of the open file, so they exclude each other as processes do."""
     writers = []
-    write = token_store.write
+    write = array_folder.write
 
-    def slow_write(folder: Path, chunks) -> None:
+    def slow_write(folder: Path, dtypes, chunks) -> None:
         writers.append(threading.get_ident())
         time.sleep(0.5)  # the others arrive while this one works
-        write(folder, chunks)
+        write(folder, dtypes, chunks)
 
-    monkeypatch.setattr(token_store, "write", slow_write)
+    monkeypatch.setattr(array_folder, "write", slow_write)
     encoders = [make_encoder(copy.deepcopy(tokenizer)) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         plans = list(pool.map(lambda encoder: plan_of(tokenise(rows, encoder, show_progress=False)), encoders))
@@ -228,4 +228,6 @@ def test_the_key_covers_all_code_that_makes_tokens():
             found.add(name)
             text = (Path(token_store.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
             waiting += re.findall(r"^from r1jax\.data\.(\w+) import", text, re.MULTILINE)
-    assert found - {"sources", "mixture"} == {module.__name__.rpartition(".")[2] for module in token_store._MADE_BY}
+    assert found - {"sources", "mixture", "streams", "stream_mixture"} == {
+        module.__name__.rpartition(".")[2] for module in token_store._MADE_BY
+    }

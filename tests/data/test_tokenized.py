@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from r1jax.data import tokenized
-from r1jax.data.encoding import RowEncoder
+from r1jax.data import encoding_pool
+from r1jax.data.encoding import DROPPED, RowEncoder
 from r1jax.data.formats import RowFormat
 from r1jax.data.tokenized import tokenise
 
@@ -43,18 +43,18 @@ def test_flat_rows(tokenizer):
 
 
 def test_chunks_equal_one_row_at_a_time(tokenizer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tokenized, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(encoding_pool, "CHUNK_ROWS", 16)
     rows = make_rows(100)
     result = tokenise(rows, encoder(tokenizer))
     single = [encoder(tokenizer).encode([rows[i]]) for i in range(100)]
     assert result.tokens.tolist() == np.concatenate([one.tokens for one in single]).tolist()
     assert result.loss_mask.tolist() == np.concatenate([one.loss_mask for one in single]).tolist()
-    assert result.num_dropped == sum(one.num_dropped for one in single) == 15
+    assert result.num_dropped == sum(int(one.fates[0] & DROPPED) for one in single) == 15
 
 
 def test_worker_processes_give_the_same_rows(tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     jax.block_until_ready(jax.numpy.ones(3))  # as in a run: jax's threads are there when the workers start
-    monkeypatch.setattr(tokenized, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(encoding_pool, "CHUNK_ROWS", 16)
     threads = tokenise(make_rows(100), encoder(tokenizer))
     monkeypatch.setenv("R1JAX_CACHE", str(tmp_path / "another"))
     processes = tokenise(make_rows(100), encoder(tokenizer), num_workers=2)
@@ -65,7 +65,7 @@ def test_worker_processes_give_the_same_rows(tokenizer, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_error_names_the_row_of_the_dataset(tokenizer, monkeypatch: pytest.MonkeyPatch, num_workers):
-    monkeypatch.setattr(tokenized, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(encoding_pool, "CHUNK_ROWS", 16)
     rows = datasets.Dataset.from_dict({"p": ["a"] * 101, "c": [" b"] * 100 + [None]})
     with pytest.raises(
         ValueError, match=r"^dataset_name: need p and c .*, got row 100; need a string in c, got nothing"

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from r1jax.data.encoding import RowEncoder
+from r1jax.data.encoding import DROPPED, RowEncoder
 from r1jax.data.formats import RowFormat
 from r1jax.data.messages import RowError, read_messages
 from r1jax.data.rendering import render
@@ -201,7 +201,7 @@ def test_a_row_without_an_answer_has_nothing_to_train_on():
     tokenizer = make_tokenizer("chatml", "<|im_end|>")
     row = {"messages": conversation([("system", "s"), ("user", "u1")])}
     encoded = RowEncoder(tokenizer=tokenizer, row_format=MESSAGES, max_length=None).encode([row, row])
-    assert (encoded.num_dropped, len(encoded.tokens)) == (2, 0)
+    assert (encoded.fates.tolist(), len(encoded.tokens)) == ([DROPPED, DROPPED], 0)
 
 
 @pytest.mark.parametrize(
