@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
+import pyarrow
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from r1jax.config.data import DataConfig
@@ -193,9 +194,11 @@ def _load_files(files: dict[str, Path], split: str, field: str) -> datasets.Data
     try:
         data_files = {name: str(file) for name, file in files.items()}
         return _only_split(datasets.load_dataset(reader, data_files=data_files, split=split))
-    except (DatasetsError, OSError) as error:
+    except (DatasetsError, OSError, pyarrow.ArrowException) as error:
         raise need(field, f"a readable {reader} file", names, _first_line(error.__cause__ or error)) from error
     except (AssertionError, ValueError) as error:  # a split that is not there, or an expression that does not parse
+        if "corresponds to no data" in str(error) and split in files:  # the whole of it, so the file has none
+            raise need(field, "at least one row", f"none from {names}", "check the file") from error
         raise _SplitError(_first_line(error)) from error
 
 
@@ -228,6 +231,10 @@ def _only_split(loaded: object) -> datasets.Dataset:
 def _not_empty(rows: datasets.Dataset, name: str, field: str) -> datasets.Dataset:
     if len(rows) == 0:
         raise need(field, "at least one row", f"none from {name}", "check the file and the split")
+    try:
+        rows[0]
+    except UnicodeDecodeError as error:  # the readers take any bytes for text
+        raise need(field, "text in UTF-8", f"other bytes in row 0 of {name}", f"{error}; write it as UTF-8") from error
     return rows
 
 
