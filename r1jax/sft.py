@@ -26,14 +26,14 @@ from r1jax.optimizer import make_schedule
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.sharding.placement import local_rows, to_devices
-from r1jax.trackers.open import open_trackers
+from r1jax.trackers.open import check_trackers, open_trackers
 from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.profiling import profiled
 from r1jax.training.recorder import Recorder
-from r1jax.training.resume import find_start, restore
+from r1jax.training.resume import check_output_dir, check_start, find_start, restore
 from r1jax.training.source import Source, export_model, first_params, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import make_eval_step, make_train_step
@@ -58,8 +58,10 @@ class Rows:
 def run(config: RunConfig) -> None:
     """Trains, evaluates, saves and exports into config.run.output_dir; goes on where an earlier run stopped."""
     output_dir = Path(config.run.output_dir)
+    # 1. Everything that can be refused is refused before a device holds anything or the folder is made.
+    check_output_dir(config.run.output_dir)
+    check_trackers(config.reporting)
     source = read_source(config)
-    # 1. Everything that can be refused is refused before a device holds anything.
     mesh = make_mesh(config.mesh)
     splits = load_splits(config)
     source = ready_for(config, source, [split.row_format for split in splits.values()])
@@ -68,6 +70,8 @@ def run(config: RunConfig) -> None:
     checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit)
     with contextlib.closing(checkpoints):
         start = find_start(config.run, checkpoints)
+        if start is not None:
+            check_start(start, layout, train.plan.fingerprint)
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(config, source.decoder, layout, train.plan.longest_row)
         # 3. The state: resumed, or the pretrained weights, or fresh ones.
@@ -76,6 +80,7 @@ def run(config: RunConfig) -> None:
         else:
             state = start_state(first_params(config, source, layout), config.optimizer, layout)
         if jax.process_index() == 0:
+            output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "config.yaml").write_text(to_yaml(config))
         # 4. Training, then the model as others read it.
         recorder = open_recorder(config, train.plan, start.metadata if start else {})

@@ -149,7 +149,7 @@ class _SplitError(Exception):
 
 def _load_directory(path: Path, config_name: str | None, split: str, field: str) -> datasets.Dataset:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _load_saved(path, split)
+        return _load_saved(path, split, field)
     files = {name: _split_file(path, name) for name in _split_names(split)}
     found = {name: file for name, file in files.items() if file is not None}
     if len(found) == len(files):
@@ -167,9 +167,12 @@ def _split_file(directory: Path, split: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _load_saved(path: Path, split: str) -> datasets.Dataset:
+def _load_saved(path: Path, split: str, field: str) -> datasets.Dataset:
     """Rows of a `save_to_disk` folder; one that holds a single dataset counts as the split `train`."""
-    saved = datasets.load_from_disk(str(path))
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException) as error:
+        raise need(field, "a saved dataset that is whole", str(path), f"{_first_line(error)}; save it again") from error
     splits = {str(k): v for k, v in saved.items()} if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if any(name not in splits for name in _split_names(split)):
         raise _SplitError(f"there are {', '.join(splits)}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints, locate
-from r1jax.config.errors import need
+from r1jax.config.errors import need, shown
 from r1jax.config.run import RunSettings
 from r1jax.training.state import StateLayout, TrainState
 
@@ -78,6 +79,33 @@ def find_start(settings: RunSettings, own: Checkpoints) -> Start | None:
     return start
 
 
+def check_output_dir(name: str) -> None:
+    """Nothing, and makes nothing; raises `UserError` where the folder cannot be made or written into."""
+    path = Path(name).absolute()
+    try:
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists() or folder.is_symlink())
+    except OSError as error:  # a name that is too long
+        raise need("output_dir", "the name of a folder", shown(name), f"{error.strerror}; choose another") from error
+    if not nearest.is_dir():
+        kind = "file" if nearest.exists() else "broken link"
+        got = f"the {kind} {nearest}" if nearest == path else f"{name}, which is below the {kind} {nearest}"
+        raise need("output_dir", "a folder", got, "choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        advice = f"{nearest} is somebody else's or read-only: choose another"
+        raise need("output_dir", "a folder that may be written into", name, advice)
+
+
+def check_start(start: Start, layout: StateLayout, plan: str) -> None:
+    """Nothing; raises `UserError` where a run with this layout and this plan cannot go on from the checkpoint."""
+    if start.metadata.get("plan", plan) != plan:
+        rule = "the data, max_length, packing, seed and batch size that the checkpoint was trained with"
+        raise need("resume_from_checkpoint", rule, "others", "restore these keys, or choose another output_dir")
+    if start.metadata.get("save_only_model"):
+        advice = "set save_only_model: false in runs that are to be resumed, or resume_from_checkpoint: false"
+        raise need("resume_from_checkpoint", "a checkpoint with optimizer state", "one without", advice)
+    start.checkpoints.check_leaves(start.step, layout.abstract.as_dict())
+
+
 def _agreed(step: int | None) -> int | None:
     """What the first process chose: should folders look different to others, they must not part."""
     if jax.process_count() == 1:
@@ -104,12 +132,7 @@ def restore(start: Start, own: Checkpoints, layout: StateLayout, plan: str) -> T
 
     Raises `UserError` when it was saved without its optimizer or its rows came in another order (`plan`).
     """
-    if start.metadata.get("plan", plan) != plan:
-        rule = "the data, max_length, packing, seed and batch size that the checkpoint was trained with"
-        raise need("resume_from_checkpoint", rule, "others", "restore these keys, or choose another output_dir")
-    if start.metadata.get("save_only_model"):
-        advice = "set save_only_model: false in runs that are to be resumed, or resume_from_checkpoint: false"
-        raise need("resume_from_checkpoint", "a checkpoint with optimizer state", "one without", advice)
+    check_start(start, layout, plan)
     logger.info("restoring step %d", start.step)
     saved, _ = start.checkpoints.restore(start.step, layout.abstract.as_dict())
     jax.block_until_ready(saved)

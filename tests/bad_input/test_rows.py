@@ -1,7 +1,10 @@
 """Data files that are missing, damaged or of another form, and rows that nothing can be trained on."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from tests.bad_input.place import Mistake, Place, assert_refused
@@ -41,6 +44,15 @@ def folder(p: Place, **keys: Any) -> None:
     p.set(dataset_name=str(p.folder / "data"), **keys)
 
 
+def saved(p: Place, pattern: str, harm: Callable[[Path], object]) -> None:
+    """A folder that the datasets library saved in the place of the file, with harm done to one of its files."""
+    p.unset("dataset_train_file")
+    target = p.folder / "data"
+    datasets.Dataset.from_list(sums(4)).save_to_disk(str(target))
+    harm(next(target.glob(pattern)))
+    p.set(dataset_name=str(target))
+
+
 KINDS: dict[str, tuple[str, str, Mistake]] = {
     # Files.
     "no such file": (FILE, "check the path", lambda p: p.set(dataset_train_file="nowhere.jsonl")),
@@ -68,6 +80,10 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
     "an empty file to test on": (
         "dataset_test_file", "empty file", lambda p: (p.folder / "test.jsonl").write_text("") or p.set(
             dataset_test_file=str(p.folder / "test.jsonl"), do_eval=True)),
+    "a saved folder without its rows": (
+        NAME, "data", lambda p: saved(p, "*.arrow", lambda path: path.unlink())),
+    "a saved folder whose description is cut off": (
+        NAME, "data", lambda p: saved(p, "state.json", lambda path: path.write_text("{"))),
     # Columns.
     "columns of another dataset": (NAME, "the columns question, answer", rows({"question": "1", "answer": "2"})),
     "no such prompt column": (
