@@ -25,6 +25,7 @@ from r1jax.checkpoints import hub
 from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
 from r1jax.checkpoints.hf import load_params, read_config
 from r1jax.config.errors import need, require
+from r1jax.config.folders import check_folder
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import unstack
 from r1jax.models.families import decoder_config
@@ -104,6 +105,7 @@ def _check(args: argparse.Namespace) -> None:
     require(0 <= args.seed < 2**32, "seed", "0 <= x < 2**32", args.seed, "choose a number in that range")
     check_settings(args.num_generations, args.temperature, args.top_p, args.max_new_tokens, args.batch_size)
     same = Path(args.output).absolute() == Path(args.prompts).absolute()
+    check_folder("output", Path(args.output).parent)
     require(not same, "output", "another file than --prompts", args.output, "name another file")
 
 

@@ -12,6 +12,7 @@ import jax
 from r1jax.batch import PackedBatch
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig, to_yaml
+from r1jax.config.folders import check_folder
 from r1jax.data.batches import BatchStream, Weigh
 from r1jax.data.encoding import RowEncoder
 from r1jax.data.formats import RowFormat, detect_format
@@ -33,7 +34,7 @@ from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.profiling import profiled
 from r1jax.training.recorder import Recorder
-from r1jax.training.resume import check_output_dir, check_start, find_start, restore
+from r1jax.training.resume import check_start, find_start, restore
 from r1jax.training.source import Source, export_model, first_params, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import make_eval_step, make_train_step
@@ -59,7 +60,7 @@ def run(config: RunConfig) -> None:
     """Trains, evaluates, saves and exports into config.run.output_dir; goes on where an earlier run stopped."""
     output_dir = Path(config.run.output_dir)
     # 1. Everything that can be refused is refused before a device holds anything or the folder is made.
-    check_output_dir(config.run.output_dir)
+    check_folder("output_dir", config.run.output_dir)
     check_trackers(config.reporting)
     source = read_source(config)
     mesh = make_mesh(config.mesh)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints, locate
-from r1jax.config.errors import need, shown
+from r1jax.config.errors import need
 from r1jax.config.run import RunSettings
 from r1jax.training.state import StateLayout, TrainState
 
@@ -77,22 +76,6 @@ def find_start(settings: RunSettings, own: Checkpoints) -> Start | None:
     elif not damaged:
         logger.info("resuming from step %d of %s", step, source.directory)
     return start
-
-
-def check_output_dir(name: str) -> None:
-    """Nothing, and makes nothing; raises `UserError` where the folder cannot be made or written into."""
-    path = Path(name).absolute()
-    try:
-        nearest = next(folder for folder in (path, *path.parents) if folder.exists() or folder.is_symlink())
-    except OSError as error:  # a name that is too long
-        raise need("output_dir", "the name of a folder", shown(name), f"{error.strerror}; choose another") from error
-    if not nearest.is_dir():
-        kind = "file" if nearest.exists() else "broken link"
-        got = f"the {kind} {nearest}" if nearest == path else f"{name}, which is below the {kind} {nearest}"
-        raise need("output_dir", "a folder", got, "choose another")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        advice = f"{nearest} is somebody else's or read-only: choose another"
-        raise need("output_dir", "a folder that may be written into", name, advice)
 
 
 def check_start(start: Start, layout: StateLayout, plan: str) -> None:

@@ -1,5 +1,6 @@
 """The model that mistakes are made in, and a cache of its own for the rows."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def rows_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("rows"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """A command sets the package's log level for its process, which other tests share."""
+    yield
+    logging.getLogger("r1jax").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -82,4 +82,3 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
 def test_refused(kind: str, place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.folder)
     assert_refused(place, *KINDS[kind], capsys)
-

@@ -86,9 +86,7 @@ def test_refused(kind: str, place: Place, capsys: pytest.CaptureFixture[str], mo
 
 
 @pytest.mark.parametrize("kind", GOING_ON)
-def test_refused_beside_an_earlier_run(
-    kind: str, place: Place, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_beside_an_earlier_run(kind: str, place: Place, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, place.out)
     unfinished(place)
     assert_refused(place, *GOING_ON[kind], capsys)
