@@ -37,7 +37,7 @@ from r1jax.training.recorder import Recorder
 from r1jax.training.resume import check_start, find_start, restore
 from r1jax.training.source import Source, export_model, first_params, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
-from r1jax.training.step import make_eval_step, make_train_step
+from r1jax.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,17 +162,10 @@ def device_batches(rows: Rows, layout: StateLayout, weigh: Weigh, start: int) ->
             yield step, to_devices(batch, layout.batch, num_rows, mine)
 
 
-def train_model(
-    config: RunConfig,
-    source: Source,
-    layout: StateLayout,
-    train: Rows,
-    held_out: Rows | None,
-    state: TrainState,
-    recorder: Recorder,
-    checkpoints: Checkpoints,
-) -> tuple[TrainState, int]:
-    """(the final state, updates done)."""
+def make_steps(
+    config: RunConfig, source: Source, layout: StateLayout, num_steps: int
+) -> tuple[TrainStep, EvalStep]:
+    """(an update, an evaluation batch) as the recipe asks for them."""
     noise = config.objective.neftune_noise_alpha or 0.0
     loss = make_nll(
         source.decoder,
@@ -184,10 +177,24 @@ def train_model(
         by_probability=config.objective.loss_type == "dft",
         neftune_noise_alpha=noise,
     )
+    schedule = make_schedule(config.optimizer, num_steps)
+    seed = config.run.seed if noise else None
+    return make_train_step(loss, config.optimizer, schedule, layout, seed=seed), make_eval_step(loss, layout)
+
+
+def train_model(
+    config: RunConfig,
+    source: Source,
+    layout: StateLayout,
+    train: Rows,
+    held_out: Rows | None,
+    state: TrainState,
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, int]:
+    """(the final state, updates done)."""
     plan = train.plan
-    schedule = make_schedule(config.optimizer, plan.num_steps)
-    step = make_train_step(loss, config.optimizer, schedule, layout, seed=config.run.seed if noise else None)
-    eval_step = make_eval_step(loss, layout)
+    step, eval_step = make_steps(config, source, layout, plan.num_steps)
 
     def inputs() -> Iterator[loop.StepInput]:
         for index, batch in device_batches(train, layout, nll_mean, int(state.step)):

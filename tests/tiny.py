@@ -26,15 +26,16 @@ HF_CONFIG = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """The folder, with config.json, random weights and a tokenizer of whole words whose EOS is <end>."""
+def write_model(folder: Path, template: str | None = TEMPLATE, **changes: Any) -> Path:
+    """The folder, with config.json (and changes to it), random weights and a tokenizer of words whose EOS is <end>."""
+    hf_config = HF_CONFIG | changes
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special: dict[str, Any] = {"eos_token": "<end>", "pad_token": "<pad>", "additional_special_tokens": ["<eos>"]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
-    decoder = decoder_config(HF_CONFIG)
+    decoder = decoder_config(hf_config)
     params = init_params(decoder, jax.random.key(0))
-    export(folder, params, config=decoder, hf_config=HF_CONFIG, tokenizer=tokenizer, generation_config={})
+    export(folder, params, config=decoder, hf_config=hf_config, tokenizer=tokenizer, generation_config={})
     return folder
 
 
