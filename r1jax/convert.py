@@ -25,6 +25,7 @@ from r1jax.checkpoints.hf_export import EXPORT_DTYPES, export
 from r1jax.checkpoints.model_card import Card
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints, locate
 from r1jax.config.errors import need
+from r1jax.config.folders import check_folder
 from r1jax.models.config import DecoderConfig
 from r1jax.models.families import decoder_config
 from r1jax.models.parameters import Params, abstract_params
@@ -58,6 +59,7 @@ def _convert(argv: list[str]) -> int:
     if source.is_dir() and not is_hf and not found:
         got = f"{source}, which has neither config.json nor checkpoints"
         raise need("SRC", "a Hugging Face model or a run", got, "check the path")
+    check_folder("DST", args.target)
     if args.to == "orbax":
         if args.dtype is not None:
             raise need("dtype", "no value with --to orbax", args.dtype, "master weights are float32")
@@ -163,7 +165,11 @@ class _TokenizerFiles:
         # Imported here: transformers takes seconds, which a usage error should not wait for.
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(paths[0].parent)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(paths[0].parent)
+        except (OSError, ValueError) as error:
+            what = (str(error).strip().splitlines() or ["it cannot be read"])[0]
+            raise need("model_name_or_path", "a tokenizer that can be read", str(paths[0].parent), what) from error
         self.bos_token_id = tokenizer.bos_token_id
         self.eos_token_id = tokenizer.eos_token_id
         self.pad_token_id = tokenizer.pad_token_id

@@ -26,6 +26,7 @@ from r1jax.checkpoints import hub
 from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
 from r1jax.checkpoints.hf import load_params, read_config
 from r1jax.config.errors import at_least, need, require
+from r1jax.config.folders import check_folder
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import unstack
 from r1jax.models.families import decoder_config
@@ -116,6 +117,7 @@ def _check(args: argparse.Namespace) -> SamplingSettings:
     at_least("num_generations", args.num_generations, 1, "ask for at least one completion")
     at_least("batch_size", args.batch_size, 1, "use at least one slot")
     same = Path(args.output).absolute() == Path(args.prompts).absolute()
+    check_folder("output", Path(args.output).parent)
     require(not same, "output", "another file than --prompts", args.output, "name another file")
     return SamplingSettings(**{name: getattr(args, name) for name in SAMPLING_OPTIONS})
 

@@ -11,6 +11,7 @@ import jax
 from r1jax.batch import PackedBatch
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig, to_yaml
+from r1jax.config.folders import check_folder
 from r1jax.data.batches import BatchStream, Weigh
 from r1jax.data.encoding import RowEncoder
 from r1jax.data.formats import RowFormat, detect_format
@@ -27,17 +28,18 @@ from r1jax.optimizer import make_schedule
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.sharding.placement import local_rows, to_devices
+from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.profiling import profiled
 from r1jax.training.recorder import Recorder
-from r1jax.training.resume import find_start, restore
+from r1jax.training.resume import check_start, find_start, restore
 from r1jax.training.saving import make_save, open_recorder
 from r1jax.training.source import Source, export_model, first_params, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
-from r1jax.training.step import make_eval_step, make_train_step
+from r1jax.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,10 @@ class Rows:
 def run(config: RunConfig) -> None:
     """Trains, evaluates, saves and exports into config.run.output_dir; goes on where an earlier run stopped."""
     output_dir = Path(config.run.output_dir)
+    # 1. Everything that can be refused is refused before a device holds anything or the folder is made.
+    check_folder("output_dir", config.run.output_dir)
+    check_trackers(config.reporting)
     source = read_source(config)
-    # 1. Everything that can be refused is refused before a device holds anything.
     mesh = make_mesh(config.mesh)
     splits = load_splits(config)
     source = ready_for(config, source, [split.row_format for split in splits.values()])
@@ -69,6 +73,8 @@ def run(config: RunConfig) -> None:
     checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit)
     with contextlib.closing(checkpoints):
         start = find_start(config.run, checkpoints)
+        if start is not None:
+            check_start(start, layout, train.plan.fingerprint)
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(config, source.decoder, layout, train.plan.longest_row)
         # 3. The state: resumed, or the pretrained weights, or fresh ones.
@@ -77,6 +83,7 @@ def run(config: RunConfig) -> None:
         else:
             state = start_state(first_params(config, source, layout), config.optimizer, layout)
         if jax.process_index() == 0:
+            output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "config.yaml").write_text(to_yaml(config))
         # 4. Training, then the model as others read it.
         recorder = open_recorder(config, train.plan, nll_metrics, start.metadata if start else {})
@@ -150,17 +157,8 @@ def device_batches(rows: Rows, layout: StateLayout, weigh: Weigh, start: int) ->
             yield step, to_devices(batch, layout.batch, num_rows, mine)
 
 
-def train_model(
-    config: RunConfig,
-    source: Source,
-    layout: StateLayout,
-    train: Rows,
-    held_out: Rows | None,
-    state: TrainState,
-    recorder: Recorder,
-    checkpoints: Checkpoints,
-) -> tuple[TrainState, int]:
-    """(the final state, updates done)."""
+def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps: int) -> tuple[TrainStep, EvalStep]:
+    """(an update, an evaluation batch) as the recipe asks for them."""
     noise = config.objective.neftune_noise_alpha or 0.0
     loss = make_nll(
         source.decoder,
@@ -172,10 +170,24 @@ def train_model(
         by_probability=config.objective.loss_type == "dft",
         neftune_noise_alpha=noise,
     )
+    schedule = make_schedule(config.optimizer, num_steps)
+    seed = config.run.seed if noise else None
+    return make_train_step(loss, config.optimizer, schedule, layout, seed=seed), make_eval_step(loss, layout)
+
+
+def train_model(
+    config: RunConfig,
+    source: Source,
+    layout: StateLayout,
+    train: Rows,
+    held_out: Rows | None,
+    state: TrainState,
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, int]:
+    """(the final state, updates done)."""
     plan = train.plan
-    schedule = make_schedule(config.optimizer, plan.num_steps)
-    step = make_train_step(loss, config.optimizer, schedule, layout, seed=config.run.seed if noise else None)
-    eval_step = make_eval_step(loss, layout)
+    step, eval_step = make_steps(config, source, layout, plan.num_steps)
 
     def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
         del now  # what is trained on does not depend on the policy

@@ -41,6 +41,10 @@ def _train(argv: list[str]) -> int:
     if jax.process_index() != 0:
         commands.configure_logging("warning")  # the first process speaks for all
     # Imported here: datasets and transformers read the environment, which `env:` may have set, when they are imported.
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # a log file wants lines
     if run.run.task == "grpo":
         from r1jax import grpo
 

@@ -1,15 +1,16 @@
 """generation_config.json: what transformers and vLLM read to know where a completion ends."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from r1jax.checkpoints.tensor_files import read_json
+
 
 def read_generation_config(directory: Path) -> dict[str, Any]:
-    """The directory's generation_config.json, or an empty dict where there is none."""
+    """The directory's generation_config.json, or an empty dict where there is none; raises `UserError` if damaged."""
     path = directory / "generation_config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def stop_ids(*given: int | Iterable[int] | None) -> list[int]:

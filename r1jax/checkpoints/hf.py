@@ -52,6 +52,12 @@ def config_dtype(hf_config: dict[str, Any]) -> str | None:
     return hf_config.get("torch_dtype") or hf_config.get("dtype")
 
 
+def check_weights(directory: Path, config: DecoderConfig) -> None:
+    """Nothing; raises `UserError` as `load_params` would, from the files' headers."""
+    with TensorFiles(directory) as files:
+        _refuse_other_tensors(files, config, abstract_params(config))
+
+
 def load_params(
     directory: Path,
     config: DecoderConfig,

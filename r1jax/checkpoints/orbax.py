@@ -62,7 +62,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else save_total_limit,
             save_interval_steps=0 if read_only else 1,
-            create=not read_only,
+            create=False,  # a run that is refused leaves nothing behind: `save` makes the folder
             todelete_subdir=None if read_only else _DELETED,
             read_only=read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -88,6 +88,8 @@ class Checkpoints:
         if step in self._ours:
             return False
         self.wait()
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
         self._clean()
         if step in self._manager.all_steps():
             self._delete(step)
@@ -108,6 +110,10 @@ class Checkpoints:
         state = self._restore_state(step, abstract_state, partial=False)
         self._ours.add(step)
         return state, metadata
+
+    def check_leaves(self, step: int, abstract_state: Any) -> None:
+        """Nothing; raises as `restore` would where the leaves are not those asked for."""
+        self._refuse_other_leaves(step, _by_path(abstract_state))
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """The parameters alone, whatever else the checkpoint holds; raises as `restore` does."""

@@ -102,6 +102,7 @@ SFT_ONLY = frozenset(
     {
         "dataset_completion_column",
         "dataset_text_field",
+        "dataset_streaming",
         "max_length",
         "packing",
         "packing_strategy",

@@ -64,7 +64,11 @@ def _numbered(chunks: Iterator[list[Row]]) -> Iterator[tuple[int, list[Row]]]:
 
 
 def _encode_span(rows: datasets.Dataset, encoder: RowEncoder, start: int, stop: int) -> EncodedRows:
-    columns = rows.select_columns(encoder.row_format.all_columns)[start:stop]
+    try:
+        columns = rows.select_columns(encoder.row_format.all_columns)[start:stop]
+    except UnicodeDecodeError as error:  # the readers of files take any bytes for text
+        got = f"other bytes in one of rows {start} to {stop - 1}"
+        raise need("dataset_name", "text in UTF-8", got, f"{error}; write it as UTF-8") from error
     return encoder.encode(
         [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], start
     )

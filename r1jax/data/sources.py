@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from r1jax.config.errors import need, shown
@@ -144,12 +145,18 @@ def require_rows(rows: Rows, name: str, field: str) -> Rows:
         assert rows.first_row is not None, "it raises where there is none"
     elif len(rows) == 0:
         raise need(field, "at least one row", f"none from {name}", "check the file and the split")
+    else:
+        try:
+            rows[0]
+        except UnicodeDecodeError as error:  # the readers take any bytes for text
+            got = f"other bytes in row 0 of {name}"
+            raise need(field, "text in UTF-8", got, f"{error}; write it as UTF-8") from error
     return rows
 
 
 def _load_directory(path: Path, config_name: str | None, wanted: Wanted) -> Rows:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = _load_saved(path, wanted.split)
+        saved = _load_saved(path, wanted.split, wanted.field)
         if not wanted.streaming:
             return saved
         return from_dataset(saved, label=wanted.label, field=wanted.field, split_field=wanted.split_field)
@@ -170,9 +177,12 @@ def _split_file(directory: Path, split: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _load_saved(path: Path, split: str) -> datasets.Dataset:
+def _load_saved(path: Path, split: str, field: str) -> datasets.Dataset:
     """Rows of a `save_to_disk` folder; one that holds a single dataset counts as the split `train`."""
-    saved = datasets.load_from_disk(str(path))
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException) as error:
+        raise need(field, "a saved dataset that is whole", str(path), f"{first_line(error)}; save it again") from error
     splits = {str(k): v for k, v in saved.items()} if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if any(name not in splits for name in _split_names(split)):
         raise SplitError(f"there are {', '.join(splits)}")
@@ -198,9 +208,11 @@ def _load_files(files: dict[str, Path], wanted: Wanted) -> Rows:
     try:
         data_files = {name: str(file) for name, file in files.items()}
         return wanted.open(reader, data_files=data_files)
-    except (DatasetsError, OSError) as error:
+    except (DatasetsError, OSError, pyarrow.ArrowException) as error:
         raise need(field, f"a readable {reader} file", names, first_line(error.__cause__ or error)) from error
     except (AssertionError, ValueError) as error:  # a split that is not there, or an expression that does not parse
+        if "corresponds to no data" in str(error) and wanted.split in files:  # the whole of it, so the file has none
+            raise need(field, "at least one row", f"none from {names}", "check the file") from error
         raise SplitError(first_line(error)) from error
 
 

@@ -24,6 +24,10 @@ CHATML = (
     f"{{% if add_generation_prompt %}}{{{{ '{CHATML_START}assistant\\n' }}}}{{% endif %}}"
 )
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# A template is somebody's program: besides what jinja raises, it divides, indexes and asks for attributes.
+_TEMPLATE_FAILS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+
 MARK = "\ue000"
 """Stands for words in conversations that are rendered to see what a template does; of Unicode's private use area."""
 
@@ -36,6 +40,10 @@ def prepare_tokenizer(
     `chat_template` is the jinja text itself or the path of a file that holds it. `eos_token` must be in the
     vocabulary. Both travel with the tokenizer into the export.
     """
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _VOCABULARIES):
+        # transformers makes an empty tokenizer then, to which every text is nothing
+        advice = "copy the tokenizer's files into the folder"
+        raise need("model_name_or_path", "a model with a tokenizer", f"{path} without one", advice)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
@@ -60,7 +68,10 @@ def _read_template(chat_template: str) -> str:
         return chat_template
     if not Path(chat_template).is_file():
         raise need("chat_template", "jinja text or an existing file", repr(chat_template), "check the path")
-    return Path(chat_template).read_text(encoding="utf-8")
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise need("chat_template", "a file in UTF-8", repr(chat_template), str(error)) from error
 
 
 def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -69,7 +80,7 @@ def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     except jinja2.TemplateSyntaxError as error:
         raise need("chat_template", "valid jinja", f"line {error.lineno}", f"{error.message}") from error
-    except (jinja2.TemplateError, TypeError):
+    except _TEMPLATE_FAILS:
         pass  # a template may refuse a single user message
 
 
@@ -149,6 +160,6 @@ def apply_template(
             continue_final_message=continue_final_message,
             **(variables or {}),
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except _TEMPLATE_FAILS as error:
         raise RowError(f"the chat template refuses it: {error}") from error
     return str(text)

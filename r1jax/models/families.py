@@ -6,7 +6,7 @@ A new dense family is one `Family`; what it cannot express belongs in `DecoderCo
 import dataclasses
 from typing import Any
 
-from r1jax.config.errors import UserError
+from r1jax.config.errors import UserError, shown
 from r1jax.models.config import DecoderConfig, RopeScaling
 
 
@@ -119,10 +119,18 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     theta, scaling = _rope(hf, family)
 
     def count(key: str) -> int:
-        return int(_given(hf, key))
+        value = _given(hf, key)
+        whole = type(value) is int and value >= 1
+        _require(whole, f"{key} in config.json a whole number >= 1", shown(value), "correct the file")
+        return value
+
+    def number(key: str, default: float) -> float:
+        value = hf.get(key, default)
+        _require(type(value) in (int, float), f"{key} in config.json a number", shown(value), "correct the file")
+        return float(value)
 
     heads = count("num_attention_heads")
-    kv_heads = int(hf.get("num_key_value_heads") or heads)
+    kv_heads = count("num_key_value_heads") if hf.get("num_key_value_heads") is not None else heads
     _require(heads % kv_heads == 0, "num_key_value_heads that divides num_attention_heads", kv_heads, "check the file")
     # Qwen3's config class has head_dim 128 of its own; the others derive it.
     derived = 128 if model_type == "qwen3" else count("hidden_size") // heads
@@ -133,8 +141,8 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
         num_layers=count("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=int(hf.get("head_dim") or derived),
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        head_dim=count("head_dim") if hf.get("head_dim") is not None else derived,
+        norm_eps=number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=flag(family.qkv_bias),
@@ -142,8 +150,8 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
         mlp_bias=flag(family.mlp_bias),
         qk_norm=family.qk_norm,
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        initializer_range=float(hf.get("initializer_range", 0.02)),
-        max_position_embeddings=int(hf.get("max_position_embeddings", 0)),
+        initializer_range=number("initializer_range", 0.02),
+        max_position_embeddings=int(number("max_position_embeddings", 0)),
     )
 
 

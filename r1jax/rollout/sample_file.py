@@ -94,7 +94,8 @@ def encode_prompt(found: PromptRow, tokenizer: Any) -> list[int]:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    # A template is somebody's program: it also divides, indexes and asks for attributes.
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         rule = "messages that the chat template takes"
         raise need("prompts", rule, f"others at line {found.line}", str(error)) from error
     # The template has written the special tokens itself.

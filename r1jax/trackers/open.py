@@ -1,10 +1,13 @@
 """Opens what `report_to` asks for, on the first process only."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import jax
 
+from r1jax.config.errors import need
+from r1jax.config.reporting import ReportingConfig
 from r1jax.config.schema import RunConfig
 from r1jax.trackers.jsonl import JsonLines
 from r1jax.trackers.tensorboard import TensorBoard
@@ -29,12 +32,18 @@ class Trackers:
             member.close()
 
 
+def check_trackers(reporting: ReportingConfig) -> None:
+    """Nothing; raises `UserError` where the package of a tracker that is asked for is not installed."""
+    if "wandb" in reporting.trackers and importlib.util.find_spec("wandb") is None:
+        advice = "pip install 'r1jax[wandb]', or leave wandb out of report_to"
+        raise need("report_to", "the wandb package for 'wandb'", "none installed", advice)
+
+
 def open_trackers(config: RunConfig, output_dir: Path, start_step: int) -> Trackers:
     """The trackers of this process, cut back to start_step (the step of the checkpoint that the run goes on from)."""
     if jax.process_index() != 0:
         return Trackers(())
     members: list[Tracker] = []
-    # First, since only this one can refuse: nothing has been written then.
     if "wandb" in config.reporting.trackers:
         run_config = dataclasses.asdict(config)
         members.append(WeightsAndBiases(config.reporting, output_dir, start_step, run_config))

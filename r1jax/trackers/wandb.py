@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1jax.config.errors import need
 from r1jax.config.reporting import ReportingConfig
 from r1jax.trackers.tracker import Metrics, chart_name
 
@@ -19,12 +18,9 @@ class WeightsAndBiases:
     """
 
     def __init__(self, config: ReportingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):
-        """Raises UserError when the package is not installed."""
-        try:
-            import wandb
-        except ImportError as error:
-            advice = "pip install 'r1jax[wandb]', or leave wandb out of report_to"
-            raise need("report_to", "the wandb package for 'wandb'", "none installed", advice) from error
+        """The package must be there (`open.check_trackers`)."""
+        import wandb
+
         export_names(config)
         output_dir.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(

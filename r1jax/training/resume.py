@@ -79,6 +79,20 @@ def find_start(settings: RunSettings, own: Checkpoints) -> Start | None:
     return start
 
 
+def check_start(start: Start, layout: StateLayout, plan: str, beside: Mapping[str, Any] | None = None) -> None:
+    """Nothing; raises `UserError` where a run with this layout and this plan cannot go on from the checkpoint.
+
+    beside: what the trees that the run wants beside the state are like.
+    """
+    if start.metadata.get("plan", plan) != plan:
+        rule = "the data, lengths, packing, seed and batch size that the checkpoint was trained with"
+        raise need("resume_from_checkpoint", rule, "others", "restore these keys, or choose another output_dir")
+    if start.metadata.get("save_only_model"):
+        advice = "set save_only_model: false in runs that are to be resumed, or resume_from_checkpoint: false"
+        raise need("resume_from_checkpoint", "a checkpoint with optimizer state", "one without", advice)
+    start.checkpoints.check_leaves(start.step, {**layout.abstract.as_dict(), **(beside or {})})
+
+
 def _agreed(step: int | None) -> int | None:
     """What the first process chose: should folders look different to others, they must not part."""
     if jax.process_count() == 1:
@@ -112,12 +126,7 @@ def restore_beside(
     start: Start, own: Checkpoints, layout: StateLayout, plan: str, beside: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
     """(the state as `restore` gives it, the trees that the checkpoint holds beside it); beside: what these are like."""
-    if start.metadata.get("plan", plan) != plan:
-        rule = "the data, lengths, packing, seed and batch size that the checkpoint was trained with"
-        raise need("resume_from_checkpoint", rule, "others", "restore these keys, or choose another output_dir")
-    if start.metadata.get("save_only_model"):
-        advice = "set save_only_model: false in runs that are to be resumed, or resume_from_checkpoint: false"
-        raise need("resume_from_checkpoint", "a checkpoint with optimizer state", "one without", advice)
+    check_start(start, layout, plan, beside)
     logger.info("restoring step %d", start.step)
     saved, _ = start.checkpoints.restore(start.step, {**layout.abstract.as_dict(), **beside})
     jax.block_until_ready(saved)

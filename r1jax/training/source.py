@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 import r1jax
 from r1jax.checkpoints import hub
 from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
-from r1jax.checkpoints.hf import load_params, read_config
+from r1jax.checkpoints.hf import check_weights, load_params, read_config
 from r1jax.checkpoints.hf_export import export
 from r1jax.checkpoints.model_card import Card
 from r1jax.config.errors import need
@@ -33,6 +33,8 @@ class Source:
 
     directory: Path
     hf_config: dict[str, Any]
+    generation_config: dict[str, Any]
+    """{} where the directory has none."""
     decoder: DecoderConfig
     tokenizer: PreTrainedTokenizerBase
     stored_vocab_size: int
@@ -50,10 +52,16 @@ _VOCAB_MULTIPLE = 64
 
 
 def read_source(config: RunConfig) -> Source:
-    """The model directory (fetched if it is a hub id), its decoder and its tokenizer."""
+    """The model directory (fetched if it is a hub id), its decoder and its tokenizer.
+
+    Raises `UserError` for anything in the directory that does not fit together, weights included: rows are tokenised
+    and devices filled later.
+    """
     directory = hub.resolve(config.model.model_name_or_path, config.model.model_revision)
     hf_config = read_config(directory)
     decoder = decoder_config(hf_config)
+    if not config.model.random_init:
+        check_weights(directory, decoder)
     tokenizer = prepare_tokenizer(directory, config.model.chat_template, config.model.eos_token)
     if len(tokenizer) > decoder.vocab_size:
         rule = f"a tokenizer of at most {decoder.vocab_size} tokens, the model's vocabulary"
@@ -61,6 +69,7 @@ def read_source(config: RunConfig) -> Source:
     return Source(
         directory=directory,
         hf_config=hf_config,
+        generation_config=read_generation_config(directory),
         decoder=decoder,
         tokenizer=tokenizer,
         stored_vocab_size=decoder.vocab_size,
@@ -146,7 +155,7 @@ def export_model(config: RunConfig, source: Source, state: TrainState, recorder:
         config=source.decoder,
         hf_config=source.hf_config,
         tokenizer=source.tokenizer,
-        generation_config=read_generation_config(source.directory),
+        generation_config=source.generation_config,
         dtype=config.model.torch_dtype,
         card=card,
     )

@@ -91,7 +91,11 @@ def test_errors_name_the_key_and_what_there_is(tmp_path: Path):
     datasets.Dataset.from_list(ROWS).save_to_disk(saved)
     for name, split, message in [
         (tmp_path / "empty.jsonl", "train", "^dataset_name: need at least one row, got the empty file"),
-        (tmp_path / "none.json", "train", "^dataset_train_split: need a split of .*none.json.* no data"),
+        (
+            tmp_path / "none.json",
+            "train",
+            "^dataset_name: need at least one row, got none from .*none.json; check the file",
+        ),
         (tmp_path / "broken.jsonl", "train", "^dataset_name: need a readable json file, got .*JSON parse error"),
         (tmp_path / "rows.csv", "train", "^dataset_name: need a file ending in .jsonl.*rows.csv"),
         (tmp_path / "gone.jsonl", "train", "^dataset_name: need an existing file or directory, got .*gone.jsonl"),

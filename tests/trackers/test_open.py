@@ -1,12 +1,16 @@
 import json
+import sys
 
 import jax
+import pytest
 
 from r1jax.config.data import DataConfig
+from r1jax.config.errors import UserError
 from r1jax.config.model import ModelConfig
 from r1jax.config.reporting import ReportingConfig
 from r1jax.config.schema import RunConfig
 from r1jax.trackers import open_trackers
+from r1jax.trackers.open import check_trackers
 
 
 def config_for(*report_to):
@@ -31,6 +35,14 @@ def test_tensorboard_stands_beside_metrics(tmp_path):
     trackers.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "runs"]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_a_missing_package_is_the_users_to_mend(monkeypatch):
+    check_trackers(ReportingConfig(report_to=("wandb",)))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_trackers(ReportingConfig(report_to=("tensorboard",)))
+    with pytest.raises(UserError, match=r"^report_to: need the wandb package .*; pip install 'r1jax\[wandb\]'"):
+        check_trackers(ReportingConfig(report_to=("all",)))
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

@@ -1,0 +1,224 @@
+"""Every key of a recipe does something: changing it changes the batch, the program, what is saved or what is said.
+
+A key is added to CASES with a line: where it shows, a value that is not the default, and keys that must stand beside it.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import pytest
+
+from r1jax.config import schema
+from tests.keys.observers import Observer, batch, environment, program, rhythm, run
+from tests.tiny import TEMPLATE, chats, sums, write_model, write_rows
+
+TESTS = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Where a key shows, and two values of it: `before` None leaves it out."""
+
+    observer: Observer
+    value: Any
+    beside: dict[str, Any]
+    before: Any = None
+
+
+def at(observer: Observer, value: Any, before: Any = None, **beside: Any) -> Case:
+    """{folder} in a text stands for the folder with models and rows."""
+    return Case(observer, value, beside, before)
+
+
+EVALUATES = {"do_eval": True, "dataset_test_file": "{folder}/test.jsonl"}
+NAMED = {"dataset_train_file": None, "dataset_name": "{folder}/data"}
+MESSAGES = {"dataset_train_file": "{folder}/chats.jsonl"}
+MIXED = {"dataset_train_file": None, "datasets": [{"path": "{folder}/train.jsonl"}]}
+COSINE = {"lr_scheduler_type": "cosine"}
+SAVES = {"save_strategy": "steps", "save_steps": 1}
+OTHER = TEMPLATE.replace("{{ m.role }}", "user")
+
+CASES: dict[str, Case] = {
+    # run
+    "seed": at(batch, 7),
+    "deterministic": at(run, True),
+    "profile_steps": at(run, "1"),
+    "log_level": at(run, "warning"),
+    # model
+    "model_name_or_path": at(program, "{folder}/deeper", before="{folder}/model"),
+    "torch_dtype": at(run, "float16"),
+    "bf16": at(program, True),
+    "gradient_checkpointing": at(program, True),
+    "remat_policy": at(program, "attention", gradient_checkpointing=True),
+    "chat_template": at(batch, OTHER, **MESSAGES),
+    "eos_token": at(batch, "<eos>"),
+    "loss_chunk_size": at(program, 8),
+    "random_init": at(run, True),
+    # data
+    "dataset_name": at(batch, "{folder}/data", before="{folder}/other", dataset_train_file=None),
+    "dataset_config": at(batch, "second", before="first", dataset_train_file=None, dataset_name="{folder}/configs"),
+    "dataset_train_split": at(batch, "train[:50%]", **NAMED),
+    "dataset_test_split": at(batch, "test[:50%]", **NAMED, do_eval=True),
+    "dataset_train_file": at(batch, "{folder}/test.jsonl", before="{folder}/train.jsonl"),
+    "dataset_test_file": at(batch, "{folder}/train.jsonl", before="{folder}/test.jsonl", do_eval=True),
+    "dataset_prompt_column": at(batch, "prompt2"),
+    "dataset_completion_column": at(batch, "completion2"),
+    "dataset_text_field": at(batch, "prompt2"),
+    "max_length": at(batch, 32),
+    "packing": at(batch, True, before=False),
+    "packing_strategy": at(batch, "wrapped"),
+    # mixture
+    "dataset_mixture": at(
+        batch, {"datasets": [{"id": "{folder}/train.jsonl", "weight": 0.5}]}, dataset_train_file=None,
+        dataset_name="{folder}/data"),
+    "datasets": at(
+        batch, [{"path": "{folder}/train.jsonl"}, {"path": "{folder}/test.jsonl"}], dataset_train_file=None,
+        dataset_name="{folder}/data"),
+    "test_split_size": at(batch, 5, **MIXED),
+    # batch
+    "per_device_train_batch_size": at(batch, 2),
+    "per_device_eval_batch_size": at(batch, 2, before=1, **EVALUATES),
+    "gradient_accumulation_steps": at(batch, 2),
+    "num_train_epochs": at(batch, 1, max_steps=-1),
+    "max_steps": at(batch, 5),
+    # objective
+    "loss_type": at(program, "dft"),
+    "neftune_noise_alpha": at(program, 5),
+    "completion_only_loss": at(batch, False),
+    "assistant_only_loss": at(batch, True, **MESSAGES),
+    # optimizer
+    "optim": at(program, "adamw_8bit"),
+    "learning_rate": at(program, 1e-3),
+    "weight_decay": at(program, 0.1),
+    "adam_beta1": at(program, 0.8),
+    "adam_beta2": at(program, 0.95),
+    "adam_epsilon": at(program, 1e-6),
+    "max_grad_norm": at(program, 0.2),
+    "lr_scheduler_type": at(program, "cosine"),
+    "lr_scheduler_kwargs": at(program, {"num_cycles": 1.5}, **COSINE),
+    "warmup_ratio": at(program, 0.5),
+    "warmup_steps": at(program, 1),
+    # mesh
+    "mesh_data": at(program, 2),
+    "mesh_tensor": at(program, 2),
+    "zero_stage": at(program, 1),
+    # checkpoint
+    "save_strategy": at(rhythm, "epoch", before="no"),
+    "save_steps": at(rhythm, 0.25, save_strategy="steps"),
+    "save_total_limit": at(run, 1, **SAVES),
+    "save_only_model": at(run, True, **SAVES),
+    # reporting
+    "do_eval": at(batch, True, dataset_test_file="{folder}/test.jsonl"),
+    "eval_strategy": at(rhythm, "epoch", before="no", dataset_test_file="x.jsonl"),
+    "eval_steps": at(rhythm, 3, eval_strategy="steps", dataset_test_file="x.jsonl"),
+    "eval_on_start": at(run, True, **EVALUATES),
+    "eval_packing": at(batch, False, **EVALUATES),
+    "logging_strategy": at(rhythm, "epoch"),
+    "logging_steps": at(rhythm, 3),
+    "logging_first_step": at(rhythm, True),
+    "report_to": at(run, "tensorboard"),
+    "wandb_entity": at(environment, "team"),
+    "wandb_project": at(environment, "reasoning"),
+    "wandb_run_group": at(environment, "seeds"),
+}  # fmt: skip
+
+# Keys that show in no comparison of two runs: why, or the test in which they do.
+ELSEWHERE: dict[str, str] = {
+    "task": "which trainer runs: config/test_resolve.py::test_keys_of_the_other_task",
+    "output_dir": "where a run writes: test_train.py::test_a_run_leaves_what_the_contract_names",
+    "overwrite_output_dir": "training/test_resume.py::test_a_folder_with_other_files_is_refused",
+    "resume_from_checkpoint": "training/test_resume.py::test_starting_afresh_does_not_mix_runs",
+    "model_revision": "needs a hub: checkpoints/test_hub.py::test_each_refusal_of_the_hub_is_one_line",
+    "fp16": "only false is accepted, so that recipes of others load: config/test_schema.py::test_refused",
+    "mesh_fsdp": "the other axes leave it one value: sharding/test_mesh.py::test_axes_that_do_not_fit_the_devices",
+    "mesh_context": "only 1 is accepted: config/test_schema.py::test_refused",
+    "system_prompt": "GRPO's; accepted for SFT and not used, as in open-r1: config/test_recipes.py::test_grpo_recipe_loads",
+    "dataset_num_proc": "changes the speed alone: data/test_tokenized.py::test_worker_processes_give_the_same_rows",
+    "run_name": "what W&B shows: trackers/test_wandb.py::test_offline_a_run_is_written_to_the_output_dir",
+}
+
+# Read by GRPO alone, which has cases of its own.
+GRPO_PENDING = frozenset(key.name for key in schema.keys().values() if key.task == "grpo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two models, and rows in every place that a key can name."""
+    place = tmp_path_factory.mktemp("keys")
+    write_model(place / "model")
+    write_model(place / "deeper", num_hidden_layers=3)
+    rows = [row | {"prompt2": row["prompt"] + "is ", "completion2": row["completion"] + "is "} for row in sums(48)]
+    for name, part in (("train", rows[:32]), ("test", rows[32:])):
+        write_rows(place / f"{name}.jsonl", part)
+        for other, order in (("data", 1), ("other", -1)):
+            (place / other).mkdir(exist_ok=True)
+            write_rows(place / other / f"{name}.jsonl", part[::order][:12])
+    write_rows(place / "chats.jsonl", chats(32))
+    (place / "configs").mkdir()
+    write_rows(place / "configs" / "first.jsonl", rows[:4])
+    write_rows(place / "configs" / "second.jsonl", rows[4:8])
+    entries = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("first", "second")]
+    (place / "configs" / "README.md").write_text(f"---\nconfigs: {json.dumps(entries)}\n---\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+        yield place
+        observed.cache_clear()
+
+
+def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Three steps on eight devices; a change to null takes a key out."""
+    keys = {
+        "model_name_or_path": "{folder}/model", "dataset_train_file": "{folder}/train.jsonl", "max_length": 64,
+        "packing": True, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_steps": 3,
+        "report_to": "none", "save_strategy": "no", "logging_steps": 2, **changes,
+    }  # fmt: skip
+    text = json.dumps({key: value for key, value in keys.items() if value is not None})
+    return json.loads(text.replace("{folder}", str(folder)))
+
+
+@functools.cache
+def observed(observer: Observer, keys: str, number: int) -> Any:
+    return observer(json.loads(keys) | {"output_dir": f"{json.loads(keys)['model_name_or_path']}-out-{number}"})
+
+
+_numbers: dict[str, int] = {}
+
+
+def look(observer: Observer, keys: dict[str, Any]) -> Any:
+    """What the observer sees, once for each recipe."""
+    text = json.dumps(keys, sort_keys=True)
+    return observed(observer, text, _numbers.setdefault(text, len(_numbers)))
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_changing_it_changes_something(key: str, folder: Path) -> None:
+    case = CASES[key]
+    before = recipe(folder, **case.beside | ({} if case.before is None else {key: case.before}))
+    after = recipe(folder, **case.beside | {key: case.value})
+    assert before != after
+    assert look(case.observer, before) != look(case.observer, after)
+
+
+@pytest.mark.parametrize("observer", [batch, program, rhythm, environment, run])
+def test_the_same_recipe_shows_the_same(observer: Observer, folder: Path) -> None:
+    """Otherwise a difference would prove nothing."""
+    text = json.dumps(recipe(folder), sort_keys=True)
+    assert look(observer, recipe(folder)) == observed(observer, text, -1)
+
+
+def test_every_key_has_a_case_or_a_reason() -> None:
+    assert CASES.keys() | ELSEWHERE.keys() | GRPO_PENDING == schema.keys().keys()
+    assert len(CASES) + len(ELSEWHERE) + len(GRPO_PENDING) == len(schema.keys())
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_the_test_that_is_named_is_there(key: str) -> None:
+    found = re.search(r"([\w/]+\.py)::(\w+)$", ELSEWHERE[key])
+    assert found, ELSEWHERE[key]
+    assert f"def {found[2]}(" in (TESTS / found[1]).read_text()
