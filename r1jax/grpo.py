@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jax
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig, to_yaml
 from r1jax.config.errors import need
+from r1jax.config.folders import check_folder
 from r1jax.data.prompts import Prompts, longest_answerable, read_prompts
-from r1jax.data.sources import load_split
+from r1jax.data.splits import load_split
 from r1jax.experience import storage
 from r1jax.experience.batches import Geometry, make_geometry
 from r1jax.experience.collect import Collector
@@ -36,6 +38,7 @@ from r1jax.rollout.engine import EmbeddedEngine, RolloutEngine
 from r1jax.rollout.settings import SamplingSettings
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
+from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
@@ -71,8 +74,10 @@ class Task:
 def run(config: RunConfig) -> None:
     """Trains, evaluates, saves and exports into config.run.output_dir; goes on where an earlier run stopped."""
     output_dir = Path(config.run.output_dir)
+    # 1. Everything that can be refused is refused before a device holds anything or the folder is made.
+    check_folder("output_dir", config.run.output_dir)
+    check_trackers(config.reporting)
     source = read_source(config)
-    # 1. Everything that can be refused is refused before a device holds anything.
     mesh = make_mesh(config.mesh)
     task = read_task(config, source, data_shards(mesh))
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
@@ -86,6 +91,7 @@ def run(config: RunConfig) -> None:
         # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
         state, reference, kept = begin(config, source, layout, task, start, checkpoints)
         if jax.process_index() == 0:
+            output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "config.yaml").write_text(to_yaml(config))
         # 4. Training, then the model as others read it.
         recorder = open_recorder(config, task.plan, policy_metrics, start.metadata if start else {})
@@ -109,6 +115,7 @@ def read_task(config: RunConfig, source: Source, shards: int) -> Task:
     prompts = {}
     for which in ("train", "test") if evaluates else ("train",):
         rows = load_split(config.data, which, config.mixture)
+        assert isinstance(rows, datasets.Dataset), "dataset_streaming is a key of sft"
         prompts[which] = read_prompts(rows, config.data, config.sampling, source.tokenizer)
         check_columns(rewards, rows.column_names)
     limits = (config.sampling.max_completion_length, source.decoder.max_position_embeddings)

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from r1jax.config.errors import need
 from r1jax.data.encoding import EncodedRows, RowEncoder
 from r1jax.data.sources import Rows
 from r1jax.data.streams import Row
