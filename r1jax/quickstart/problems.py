@@ -1,4 +1,4 @@
-"""The task: `7*8+5-9=?`, answered in R1's form, with the thinking between <think> tags.
+"""The task: `7+8-5+9=?`, answered in R1's form, with the thinking between <think> tags.
 
 Answers come in two styles, as people's do: half work the problem out step by step, half guess. A model that imitates
 learns both, however long it imitates. Which of them is worth something is for reinforcement learning to find out.
@@ -18,32 +18,27 @@ HELD_OUT_SHARE = 0.1
 """Part of all problems that is held out."""
 WORKED_SHARE = 0.5
 """Part of the training answers that is worked out."""
-NUM_TERMS = 2
+NUM_TERMS = 4
 GUESSED_WITHIN = 5
 """A guess is at most so far from the result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A product of two digits and two digits added to it or taken from it, never below zero on the way."""
+    """Digits added to each other or taken away, never below zero on the way."""
 
-    factors: tuple[int, int]
     terms: tuple[int, ...]
-    """Negative ones are taken away."""
+    """Negative ones are taken away; the first is not."""
 
     @property
     def question(self) -> str:
         """The problem as the user puts it."""
-        a, b = self.factors
-        return f"{a}*{b}{''.join(f'{term:+d}' for term in self.terms)}=?"
+        return f"{self.terms[0]}{''.join(f'{term:+d}' for term in self.terms[1:])}=?"
 
     @property
     def results(self) -> list[int]:
-        """The product, and what there is after each term; the last one is the answer."""
-        found = [self.factors[0] * self.factors[1]]
-        for term in self.terms:
-            found.append(found[-1] + term)
-        return found
+        """What there is after each term; the last one is the answer."""
+        return list(itertools.accumulate(self.terms))
 
     @property
     def answer(self) -> int:
@@ -59,9 +54,8 @@ class Problem:
 def draw(numbers: random.Random, *, held_out: bool) -> Iterator[Problem]:
     """Problems without end, of one of the two kinds."""
     while True:
-        factors = (numbers.randint(2, 9), numbers.randint(2, 9))
-        terms = tuple(numbers.choice((-1, 1)) * numbers.randint(1, 9) for _ in range(NUM_TERMS))
-        problem = Problem(factors, terms)
+        digits = [numbers.randint(1, 9) for _ in range(NUM_TERMS)]
+        problem = Problem((digits[0], *(numbers.choice((-1, 1)) * digit for digit in digits[1:])))
         if min(problem.results) >= 0 and problem.held_out == held_out:
             yield problem
 
@@ -79,13 +73,8 @@ def held_out_problems(count: int) -> list[Problem]:
 def response(problem: Problem, guess: int | None = None) -> str:
     """The assistant's turn: one operation a line and what it comes to, or a guess at once."""
     if guess is None:
-        a, b = problem.factors
-        results = problem.results
-        lines = [f"{a}*{b}={results[0]}"]
-        lines += [
-            f"{before}{term:+d}={after}"
-            for before, term, after in zip(results, problem.terms, results[1:], strict=False)
-        ]
+        steps = zip(problem.results, problem.terms[1:], problem.results[1:], strict=False)
+        lines = [f"{before}{term:+d}={after}" for before, term, after in steps]
     else:
         lines = [problem.question.replace("?", str(guess))]
     thought = "\n".join(lines)
