@@ -170,6 +170,6 @@ def nucleus_logits(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Floa
 
 
 def min_p_logits(logits: Float[Array, "B V"], min_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """The logits of tokens with at least min_p of the likeliest one's probability, -inf elsewhere (Nguyen et al. 2024)."""
+    """The logits of tokens at least min_p times as likely as the likeliest, -inf elsewhere (Nguyen et al. 2024)."""
     lowest = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
     return jnp.where(logits < lowest, -jnp.inf, logits)
