@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from r1jax.rollout.settings import SamplingSettings
 
@@ -74,10 +74,10 @@ def amounts(settings: SamplingSettings) -> Amounts:
 
 
 def sample_keys(
-    seed: int | Int[Array, ""],
+    seed: int | UInt[Array, ""],
     prompt_ids: Int[Array, " B"],
     samples: Int[Array, " B"],
-    step: Int[Array, ""] | None = None,
+    step: UInt[Array, ""] | None = None,
 ) -> Key[Array, " B"]:
     """One key a row, that of sample number `samples` of prompt `prompt_ids` at a step, wherever the row stands.
 

@@ -187,12 +187,13 @@ def _occurring(prompts: Prompts, vocab_size: int) -> Bool[Array, "P V"]:
 
 def _placed(tree: Any, kind: Kind) -> Any:
     """The arrays pinned to the mesh: rows over slots, a cache's heads over tensor as in training."""
-    if kind.mesh is None:
+    mesh = kind.mesh
+    if mesh is None:
         return tree
-    split = kind.config.num_kv_heads % kind.mesh.shape["tensor"] == 0
+    split = kind.config.num_kv_heads % mesh.shape["tensor"] == 0
 
     def pin(leaf: Array) -> Array:
         spec = PartitionSpec("slots", "tensor") if leaf.ndim == 4 and split else PartitionSpec("slots")
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(kind.mesh, spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(pin, tree)
