@@ -46,8 +46,9 @@ def configs() -> dict[str, DecoderConfig]:
 
 @pytest.fixture(scope="session")
 def trainer_logprobs() -> Callable[..., list[np.ndarray]]:
-    """(params, config, sequences, temperature) -> log-probabilities of each one's tokens, 0 for the first of them, by the
-    training forward over packed rows of 64 tokens."""
+    """(params, config, sequences, temperature) -> log-probabilities of each one's tokens, 0 for the first of them.
+
+    By the training forward over packed rows of 64 tokens."""
 
     @partial(jax.jit, static_argnames=("config", "temperature"))
     def of_rows(params, tokens, layout, config, temperature):
