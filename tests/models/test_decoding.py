@@ -8,7 +8,7 @@ import pytest
 
 from r1jax.batch import Layout
 from r1jax.models.config import DecoderConfig, RopeScaling
-from r1jax.models.decoding import decode, init_cache, prefill, unstack
+from r1jax.models.decoding import decode, grown, init_cache, prefill, unstack
 from r1jax.models.parameters import init_params
 from r1jax.models.transformer import forward, logits
 
@@ -49,31 +49,46 @@ def whole(params, config, tokens):
     return np.asarray(logits(params, forward(params, row, layout, config))[0])
 
 
-def stepwise(params, config, prompts, after, *, prompt_size, cache_size, rubbish=0):
+def stepwise(params, config, prompts, after, *, prompt_size, cache_size, rubbish=0, grow_at=None):
     """Logits of prefill and of each decode step, [B, 1 + steps, V]; padding of prompts holds `rubbish`."""
     tokens = np.full((len(prompts), prompt_size), rubbish, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     lengths = jnp.asarray([len(prompt) for prompt in prompts])
     decode_params = unstack(params)
-    cache = init_cache(config, len(prompts), cache_size)
-    out, cache = jax.jit(partial(prefill, config=config))(decode_params, jnp.asarray(tokens), lengths, cache)
-    found = [out]
-    step = jax.jit(partial(decode, config=config), donate_argnums=3)
+    cache = init_cache(config, len(after), cache_size)
+    out, shared = jax.jit(partial(prefill, config=config))(decode_params, jnp.asarray(tokens), lengths)
+    found = [jnp.repeat(out, len(after) // len(prompts), axis=0)]
+    step = jax.jit(partial(decode, config=config), donate_argnums=5)
     for index in range(len(after[0])):
-        out, cache = step(decode_params, jnp.asarray([row[index] for row in after]), lengths + index, cache)
+        drawn = jnp.asarray([row[index] for row in after])
+        out, cache = step(decode_params, drawn, jnp.asarray(index), lengths, shared, cache)
         found.append(out)
+        if index == grow_at:
+            cache = grown(cache, cache_size + 3)
     return np.stack(found, axis=1)
 
 
 @pytest.mark.parametrize("config", [QWEN3, BIASED])
 def test_prefill_and_decode_give_the_training_forwards_logits(config):
     params = random_params(config)
-    found = stepwise(params, config, PROMPTS, AFTER, prompt_size=8, cache_size=16)
+    found = stepwise(params, config, PROMPTS, AFTER, prompt_size=8, cache_size=4)
     for row, (prompt, after) in enumerate(zip(PROMPTS, AFTER, strict=True)):
         expected = whole(params, config, prompt + after)[len(prompt) - 1 :]
         assert expected.std() > 0.5  # logits that say something
         np.testing.assert_allclose(found[row], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [QWEN3, BIASED])
+def test_samples_share_the_cache_of_their_prompt(config):
+    """Two samples of each of two prompts, in a cache that grows on the way, are four rows with prompts of their own."""
+    params = random_params(config)
+    after = [*AFTER, [9, 9, 1, 0]]
+    shared = stepwise(params, config, PROMPTS[:2], after, prompt_size=8, cache_size=2, grow_at=1)
+    alone = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    np.testing.assert_allclose(
+        shared, stepwise(params, config, alone, after, prompt_size=8, cache_size=9), rtol=0, atol=1e-5
+    )
 
 
 def test_padding_of_prompts_cache_and_batch_changes_nothing():
@@ -97,10 +112,10 @@ def test_bfloat16_keeps_float32_logits_near_the_exact_ones():
     decode_params = unstack(params, jnp.bfloat16)
     cache = init_cache(QWEN3, 1, 8, jnp.bfloat16)
     tokens, lengths = jnp.asarray([PROMPTS[0]]), jnp.asarray([5])
-    _, cache = prefill(decode_params, tokens, lengths, cache, QWEN3)
-    found, cache = decode(decode_params, jnp.asarray([5]), lengths, cache, QWEN3)
+    _, shared = prefill(decode_params, tokens, lengths, QWEN3)
+    found, cache = decode(decode_params, jnp.asarray([5]), jnp.asarray(0), lengths, shared, cache, QWEN3)
     assert found.dtype == jnp.float32
-    assert cache[0][0].dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((cache, shared))} == {jnp.dtype(jnp.bfloat16)}
     expected = whole(params, QWEN3, [*PROMPTS[0], 5])[-1]
     # Three layers of bfloat16 (8 bits): a few percent of the logits' spread.
     assert np.abs(np.asarray(found[0]) - expected).max() < 0.15 * expected.std()

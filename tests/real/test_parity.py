@@ -12,8 +12,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,11 @@ from r1jax.checkpoints import hf
 from r1jax.models import transformer
 from r1jax.models.attention import attend
 from r1jax.models.config import DecoderConfig
-from r1jax.models.decoding import decode, init_cache, prefill, unstack
+from r1jax.models.decoding import unstack
 from r1jax.models.families import decoder_config
 from r1jax.models.parameters import abstract_params
+from r1jax.rollout.sampler import Sampler
+from r1jax.rollout.settings import SamplingSettings
 
 pytestmark = pytest.mark.real
 logger = logging.getLogger(__name__)
@@ -154,17 +154,10 @@ def test_check_fails_on_a_mistake(
 
 
 def generate_greedily(params: dict[str, Any], prompt: np.ndarray, config: DecoderConfig) -> list[int]:
-    """Our greedy continuation of one prompt, through the cache."""
-    length = prompt.shape[1]
-    decode_params = jax.jit(unstack)(params)
-    cache = init_cache(config, 1, length + NEW_TOKENS)
-    step: Callable = jax.jit(partial(decode, config=config), donate_argnums=3)
-    logits, cache = jax.jit(partial(prefill, config=config))(decode_params, prompt, jnp.asarray([length]), cache)
-    generated = [int(jnp.argmax(logits[0]))]
-    for position in range(length, length + NEW_TOKENS - 1):
-        logits, cache = step(decode_params, jnp.asarray(generated[-1:]), jnp.asarray([position]), cache)
-        generated.append(int(jnp.argmax(logits[0])))
-    return generated
+    """Our greedy continuation of one prompt, by the sampler."""
+    settings = SamplingSettings(max_new_tokens=NEW_TOKENS, temperature=0)
+    sampler = Sampler(params=jax.jit(unstack)(params), config=config)
+    return sampler.generate([prompt[0].tolist()], settings)[0][0].token_ids.tolist()
 
 
 def test_greedy_tokens_equal_transformers(
