@@ -48,7 +48,7 @@ def plan_key(lengths: Integer[np.ndarray, " N"], strategy: PackingStrategy, capa
 
 
 def _arrays(lengths: np.ndarray, strategy: PackingStrategy, capacity: int) -> Iterator[dict[str, np.ndarray]]:
-    with row_bar("packing", None) as advance:
+    with row_bar(f"packing {len(lengths):,} sequences", None) as advance:
         rows = pack(lengths, strategy, capacity)
         advance(len(lengths))
     counts = np.fromiter(map(len, rows), np.int32, len(rows))
