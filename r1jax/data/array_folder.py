@@ -12,13 +12,14 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from r1jax.config.errors import need
+from r1jax.data.writer_lock import sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,24 @@ def cache_folder(name: str) -> Path:
     return folder
 
 
+def find_or_write(
+    folder: Path, dtypes: Mapping[str, Any], make: Callable[[], Iterable[Mapping[str, np.ndarray]]]
+) -> dict[str, np.ndarray]:
+    """Read-only views of the folder's arrays; what `make` gives, chunk by chunk, is written where there are none.
+
+    Of several processes the first writes; the others wait for it and read.
+    """
+    stored = read(folder, dtypes)
+    if stored is None:
+        with sole_writer(folder) as alive:
+            stored = read(folder, dtypes)  # another process may have written them meanwhile
+            if stored is None:
+                write(folder, dtypes, make(), alive)
+                stored = read(folder, dtypes)
+                assert stored is not None, f"{folder} was changed while it was written"
+    return stored
+
+
 def read(folder: Path, dtypes: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
     """Read-only views of the arrays, or None: there are none, or a file is not as it was written (that is logged)."""
     if not folder.is_dir():
@@ -53,8 +72,13 @@ def read(folder: Path, dtypes: Mapping[str, Any]) -> dict[str, np.ndarray] | Non
         return None
 
 
-def write(folder: Path, dtypes: Mapping[str, Any], chunks: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Writes the chunks as they come and puts the complete folder in its place; on an error nothing is left."""
+def write(
+    folder: Path, dtypes: Mapping[str, Any], chunks: Iterable[Mapping[str, np.ndarray]], alive: Callable[[], None]
+) -> None:
+    """Writes the chunks as they come and puts the complete folder in its place; on an error nothing is left.
+
+    `alive` is called after each chunk.
+    """
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
     try:
         with contextlib.ExitStack() as stack:
@@ -62,6 +86,7 @@ def write(folder: Path, dtypes: Mapping[str, Any], chunks: Iterable[Mapping[str,
             for chunk in chunks:
                 for name, dtype in dtypes.items():
                     files[name].write(chunk[name].astype(dtype, copy=False))
+                alive()
             about = {name: file.finish() for name, file in files.items()}
         (part / "meta.json").write_text(json.dumps({"files": about}))
         _put_in_place(part, folder)

@@ -14,7 +14,6 @@ from r1jax.config.data import PackingStrategy
 from r1jax.data import array_folder, packing
 from r1jax.data.packing import PackedRow, pack
 from r1jax.data.progress import row_bar
-from r1jax.data.writer_lock import sole_writer
 
 SMALLEST = 100_000
 """Sequences below which packing takes a tenth of a second or three: not worth a file."""
@@ -27,14 +26,7 @@ def find_or_pack(lengths: Integer[np.ndarray, " N"], strategy: PackingStrategy, 
     if len(lengths) < SMALLEST:
         return pack(lengths, strategy, capacity)
     folder = array_folder.cache_folder("packed") / plan_key(lengths, strategy, capacity)
-    stored = array_folder.read(folder, DTYPES)
-    if stored is None:
-        with sole_writer(folder):
-            stored = array_folder.read(folder, DTYPES)
-            if stored is None:
-                array_folder.write(folder, DTYPES, _arrays(lengths, strategy, capacity))
-                stored = array_folder.read(folder, DTYPES)
-                assert stored is not None, f"{folder} was changed while it was written"
+    stored = array_folder.find_or_write(folder, DTYPES, lambda: _arrays(lengths, strategy, capacity))
     ends = np.cumsum(stored["counts"], dtype=np.int64).tolist()
     sequences = stored["sequences"].tolist()
     return tuple(tuple(sequences[start:end]) for start, end in zip([0, *ends], ends, strict=False))
@@ -48,7 +40,7 @@ def plan_key(lengths: Integer[np.ndarray, " N"], strategy: PackingStrategy, capa
 
 
 def _arrays(lengths: np.ndarray, strategy: PackingStrategy, capacity: int) -> Iterator[dict[str, np.ndarray]]:
-    with row_bar("packing", None) as advance:
+    with row_bar(f"packing {len(lengths):,} sequences", None) as advance:
         rows = pack(lengths, strategy, capacity)
         advance(len(lengths))
     counts = np.fromiter(map(len, rows), np.int32, len(rows))

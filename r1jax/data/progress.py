@@ -9,9 +9,11 @@ from rich.text import Text
 
 
 class RowRate(ProgressColumn):
-    """Rows done, and how many a second."""
+    """Rows done, and how many a second; nothing before the first."""
 
     def render(self, task: Task) -> Text:
+        if not task.completed:
+            return Text()
         speed = task.finished_speed or task.speed
         done = f"{int(task.completed):,}" + ("" if task.total is None else f"/{int(task.total):,}")
         return Text(f"{done} rows" + (f", {speed:,.0f}/s" if speed else ""))

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from r1jax.data import array_folder, encoding, formats, messages, pretokenised, rendering, templates, turns
 from r1jax.data.encoding import EncodedRows, RowEncoder
 from r1jax.data.stream_mixture import SplitRows
-from r1jax.data.writer_lock import sole_writer
 
 SCHEMA = 2
 DTYPES = {"tokens": np.int32, "loss_mask": np.bool_, "lengths": np.int32, "loss_tokens": np.int32, "fates": np.uint8}
@@ -53,24 +52,11 @@ def read(folder: Path) -> dict[str, np.ndarray] | None:
 
 
 def find_or_write(folder: Path, make: Callable[[], Iterable[EncodedRows]]) -> dict[str, np.ndarray]:
-    """The folder's arrays by the names of DTYPES, read-only; what `make` gives is written where there are none.
-
-    Of several processes the first writes; the others wait for it and read.
-    """
-    stored = read(folder)
-    if stored is None:
-        with sole_writer(folder) as alive:
-            stored = read(folder)  # another process may have written them meanwhile
-            if stored is None:
-                array_folder.write(folder, DTYPES, _arrays(make(), alive))
-                stored = read(folder)
-                assert stored is not None, f"{folder} was changed while it was written"
-    return stored
+    """The folder's arrays by the names of DTYPES, read-only; what `make` gives is written where there are none."""
+    return array_folder.find_or_write(folder, DTYPES, lambda: map(_arrays, make()))
 
 
-def _arrays(chunks: Iterable[EncodedRows], alive: Callable[[], None]) -> Iterator[dict[str, np.ndarray]]:
-    for chunk in chunks:
-        starts = np.cumsum(chunk.lengths) - chunk.lengths
-        trained = np.add.reduceat(chunk.loss_mask, starts, dtype=np.int32) if len(starts) else starts
-        yield {field.name: getattr(chunk, field.name) for field in dataclasses.fields(chunk)} | {"loss_tokens": trained}
-        alive()
+def _arrays(chunk: EncodedRows) -> dict[str, np.ndarray]:
+    starts = np.cumsum(chunk.lengths) - chunk.lengths
+    trained = np.add.reduceat(chunk.loss_mask, starts, dtype=np.int32) if len(starts) else starts
+    return {field.name: getattr(chunk, field.name) for field in dataclasses.fields(chunk)} | {"loss_tokens": trained}

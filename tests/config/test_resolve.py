@@ -98,6 +98,7 @@ def test_overruled_keys_are_reported():
             "xyzzy: need a known key, got an unknown one with value null; remove it; --help lists the keys",
         ),
         ({"max_seq_length": 5}, "max_seq_length: need a known key, got an old key with value 5; use max_length"),
+        ({"streaming": True}, "streaming: need a known key, got an old key with value true; use dataset_streaming"),
         (
             {"use_peft": True},
             "use_peft: need null or false (r1jax does not have it), got true; train all parameters",

@@ -189,10 +189,10 @@ def test_four_at_once_get_one_plan_and_one_of_them_tokenises(rows, tokenizer, mo
     writers = []
     write = array_folder.write
 
-    def slow_write(folder: Path, dtypes, chunks) -> None:
+    def slow_write(*arguments) -> None:
         writers.append(threading.get_ident())
         time.sleep(0.5)  # the others arrive while this one works
-        write(folder, dtypes, chunks)
+        write(*arguments)
 
     monkeypatch.setattr(array_folder, "write", slow_write)
     encoders = [make_encoder(copy.deepcopy(tokenizer)) for _ in range(4)]
