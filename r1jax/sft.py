@@ -162,9 +162,7 @@ def device_batches(rows: Rows, layout: StateLayout, weigh: Weigh, start: int) ->
             yield step, to_devices(batch, layout.batch, num_rows, mine)
 
 
-def make_steps(
-    config: RunConfig, source: Source, layout: StateLayout, num_steps: int
-) -> tuple[TrainStep, EvalStep]:
+def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps: int) -> tuple[TrainStep, EvalStep]:
     """(an update, an evaluation batch) as the recipe asks for them."""
     noise = config.objective.neftune_noise_alpha or 0.0
     loss = make_nll(
