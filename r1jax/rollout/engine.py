@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ CACHE_SHARE = 0.25
 FEWEST_SLOTS = 16
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Draws completions with the weights that it was given last."""
 

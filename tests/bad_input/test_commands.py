@@ -1,7 +1,5 @@
 """What convert and generate are given wrongly."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +7,6 @@ import pytest
 
 from r1jax import convert, generate
 from tests.bad_input.place import Place, assert_one_line
-from tests.tiny import TEMPLATE, write_rows
 
 Words = Callable[[Place], list[str]]
 

@@ -37,7 +37,8 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
     "a list for a name": ("run_name", '["a"]', lambda p: p.set(run_name=["a"])),
     "not a number": ("learning_rate", "finite", lambda p: p.set(learning_rate=float("nan"))),
     "a date for a name": ("run_name", "quotes", lambda p: p.write_config(MODEL + "run_name: 2026-01-01\n")),
-    "one of several with a slip": ("packing_strategy", "did you mean wrapped?", lambda p: p.say("--packing_strategy", "wraped")),
+    "one of several with a slip": (
+        "packing_strategy", "did you mean wrapped?", lambda p: p.say("--packing_strategy", "wraped")),
     "an environment that is a list": ("env", "mapping", lambda p: p.set(env=["A"])),
     # Ranges.
     "a negative rate": ("learning_rate", "-1", lambda p: p.set(learning_rate=-1.0)),
@@ -53,7 +54,8 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
     "packing without length": ("max_length", "packing is true", lambda p: p.set(max_length=None)),
     "evaluation without rows": ("dataset_test_file", "eval_strategy: 'no'", lambda p: p.set(eval_strategy="epoch")),
     "no lowest rate": ("lr_scheduler_kwargs", "neither", lambda p: p.set(**MIN_LR)),
-    "numbers of another schedule": ("lr_scheduler_kwargs", "linear", lambda p: p.set(lr_scheduler_kwargs={"min_lr": 0})),
+    "numbers of another schedule": (
+        "lr_scheduler_kwargs", "linear", lambda p: p.set(lr_scheduler_kwargs={"min_lr": 0})),
     "all trackers and one": ("report_to", "stand alone", lambda p: p.set(report_to=["all", "wandb"])),
     "two mixtures": (
         "datasets", "keep one", lambda p: p.unset("dataset_train_file") or p.set(

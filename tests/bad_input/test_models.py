@@ -53,18 +53,21 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
     "no number of layers": (KEY, "num_hidden_layers", lambda p: p.edit_json("config.json", num_hidden_layers=None)),
     "a number in words": (KEY, "num_hidden_layers", lambda p: p.edit_json("config.json", num_hidden_layers="two")),
     "no layers": (KEY, "num_hidden_layers", lambda p: p.edit_json("config.json", num_hidden_layers=0)),
-    "heads that do not divide": (KEY, "num_key_value_heads", lambda p: p.edit_json("config.json", num_key_value_heads=3)),
+    "heads that do not divide": (
+        KEY, "num_key_value_heads", lambda p: p.edit_json("config.json", num_key_value_heads=3)),
     "another activation": (KEY, "hidden_act", lambda p: p.edit_json("config.json", hidden_act="gelu")),
     "scaled positions": (
         KEY, "rope scaling", lambda p: p.edit_json("config.json", rope_scaling={"rope_type": "yarn", "factor": 4})),
     "quantised weights": (KEY, "unquantised", lambda p: p.edit_json("config.json", quantization_config={"bits": 4})),
     # Weights.
     "no weights": (KEY, "save_pretrained", lambda p: p.remove(WEIGHTS)),
-    "weights of torch": (KEY, "only pytorch_model.bin", lambda p: (p.model / WEIGHTS).rename(p.model / "pytorch_model.bin")),
+    "weights of torch": (
+        KEY, "only pytorch_model.bin", lambda p: (p.model / WEIGHTS).rename(p.model / "pytorch_model.bin")),
     "weights that are cut off": (KEY, "fetch the file again", lambda p: cut(p.model / WEIGHTS)),
-    "weights that are a page of text": (KEY, "fetch the file again", lambda p: (p.model / WEIGHTS).write_text("<html>")),
+    "weights that are a page of text": (
+        KEY, "fetch the file again", lambda p: (p.model / WEIGHTS).write_text("<html>")),
     "a pointer of git lfs": (
-        KEY, "fetch the file again", lambda p: (p.model / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n")),
+        KEY, "fetch the file again", lambda p: (p.model / WEIGHTS).write_text("version git-lfs")),
     "a missing shard": (KEY, "b.safetensors", lambda p: index(p, "b.safetensors")),
     "an index that is cut off": (
         KEY, "JSON object", lambda p: index(p, "a.safetensors") or cut(p.model / f"{WEIGHTS}.index.json")),
@@ -82,7 +85,7 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
         KEY, "a tokenizer of at most 60 tokens", lambda p: p.edit_json("config.json", vocab_size=60) or p.set(
             random_init=True)),
     "a generation config that is cut off": (
-        KEY, "generation_config.json", lambda p: (p.model / "generation_config.json").write_text('{"eos_token_id": [1')),
+        KEY, "generation_config.json", lambda p: (p.model / "generation_config.json").write_text('{"eos')),
     # What ends a turn.
     "an EOS that is no token": ("eos_token", "check its spelling", lambda p: p.set(eos_token="<|im_end|>")),
     "an EOS that ends no turn": ("eos_token", "set eos_token: <end>", lambda p: converse(p, eos_token="<eos>")),
@@ -93,7 +96,8 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
     "a template that is no jinja": ("chat_template", "line 1", lambda p: converse(p, chat_template="{% for m in %}")),
     "a template that raises": (
         "chat_template", "no systems", lambda p: converse(p, chat_template="{{ raise_exception('no systems') }}")),
-    "a template that divides by zero": ("chat_template", "division", lambda p: converse(p, chat_template="{{ 1 // 0 }}")),
+    "a template that divides by zero": (
+        "chat_template", "division", lambda p: converse(p, chat_template="{{ 1 // 0 }}")),
     "a template that asks for what is not there": (
         "chat_template", "no attribute", lambda p: converse(p, chat_template="{{ messages[0].name.first }}")),
     "a template without the answer": (
@@ -102,7 +106,8 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
         "chat_template", "special token", lambda p: converse(
             p, chat_template="{% for m in messages %}{{ m.content }} {% endfor %}")),
     "a template of the model's own that is broken": (
-        "chat_template", "Expected an expression", lambda p: converse(p) or (p.model / "chat_template.jinja").write_text("{% if %}")),
+        "chat_template", "Expected an expression", lambda p: converse(p) or (
+            p.model / "chat_template.jinja").write_text("{% if %}")),
     # Devices.
     "a mesh larger than the machine": ("mesh_fsdp", "8 devices", lambda p: p.set(mesh_fsdp=16)),
     "a mesh that does not divide": ("mesh_data", "divide the 8 devices", lambda p: p.set(mesh_data=3)),

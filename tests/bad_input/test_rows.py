@@ -59,7 +59,8 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
     "an empty file": (FILE, "empty file", text("")),
     "empty lines alone": (FILE, "at least one row", text("\n\n")),
     "a file of another kind": (FILE, ".jsonl", text("a,b\n", "train.csv")),
-    "JSON that breaks off in a line": (FILE, "train.jsonl", text('{"prompt": "1", "completion": "2"}\n{"prompt": "1", "comp')),
+    "JSON that breaks off in a line": (
+        FILE, "train.jsonl", text('{"prompt": "1", "completion": "2"}\n{"prompt": "1", "comp')),
     "a page of text": (FILE, "train.jsonl", text("<html>not found</html>\n")),
     "text that calls itself parquet": (FILE, "train.parquet", text("not parquet", "train.parquet")),
     "text that calls itself arrow": (FILE, "train.arrow", text("not arrow", "train.arrow")),
@@ -92,19 +93,23 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
         "dataset_completion_column", "prompt, completion", lambda p: p.set(dataset_completion_column="answer")),
     "no such text column": ("dataset_text_field", "prompt, completion", lambda p: p.set(dataset_text_field="body")),
     "numbers where text belongs": (NAME, "string", rows({"prompt": 1, "completion": 2})),
-    "a conversation answered by a string": (NAME, "columns hold the same", rows({"prompt": SAID[:1], "completion": "2"})),
+    "a conversation answered by a string": (
+        NAME, "columns hold the same", rows({"prompt": SAID[:1], "completion": "2"})),
     "nothing where text belongs": (NAME, "row 1", rows({"text": "1"}, {"text": None})),
     "the completion's loss without one": ("completion_only_loss", "rows of text", lambda p: (
         p.write_rows({"text": "1"}), p.set(completion_only_loss=True))),
-    "the assistant's loss without one": ("assistant_only_loss", "messages with roles", lambda p: p.set(assistant_only_loss=True)),
+    "the assistant's loss without one": (
+        "assistant_only_loss", "messages with roles", lambda p: p.set(assistant_only_loss=True)),
     # Conversations.
     "messages that are strings": (NAME, "conversation", rows({"messages": ["hello", "you"]})),
     "messages without content": (NAME, "conversation", rows({"messages": [{"role": "user", "text": "1"}]})),
     "messages that are one string": (NAME, "conversation", rows({"messages": "user: 1"})),
     "a conversation of nobody": (NAME, "conversation", rows({"messages": []})),
-    "a message without words": (NAME, "row 1", rows({"messages": SAID}, {"messages": [{"role": "user", "content": None}]})),
+    "a message without words": (
+        NAME, "row 1", rows({"messages": SAID}, {"messages": [{"role": "user", "content": None}]})),
     "a message of nobody": (NAME, "row 1", rows({"messages": SAID}, {"messages": [{"role": None, "content": "1"}]})),
-    "a speaker that ShareGPT does not know": (NAME, "row 0", rows({"conversations": [{"from": "narrator", "value": "1"}]})),
+    "a speaker that ShareGPT does not know": (
+        NAME, "row 0", rows({"conversations": [{"from": "narrator", "value": "1"}]})),
     "tools that are no JSON": (NAME, "row 0", rows({"messages": SAID, "tools": "[{"})),
     "tools that are a number": (NAME, "row 0", rows({"messages": SAID, "tools": "7"})),
     "variables that are no JSON": (NAME, "row 0", rows({"messages": SAID, "chat_template_kwargs": "{"})),
@@ -115,7 +120,8 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
             "{{ m.content }} <end> {% endfor %}")))),
     "an answer without end": (NAME, "row 1 without", lambda p: (
         p.write_rows(*chats(1), {"messages": [*SAID, *SAID]}), p.set(chat_template=(
-            "{% for m in messages %}{{ m.content }} {% if loop.last and loop.length < 4 %}<end>{% endif %}{% endfor %}")))),
+            "{% for m in messages %}{{ m.content }} {% if loop.last and loop.length < 4 %}<end>{% endif %}"
+            "{% endfor %}")))),
     # Tokens.
     "tokens beyond the vocabulary": (NAME, "below 64", rows({"input_ids": [1, 2]}, {"input_ids": [1, 64]})),
     "tokens below zero": (NAME, "-1", rows({"input_ids": [1, -1]})),

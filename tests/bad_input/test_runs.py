@@ -64,7 +64,8 @@ WRITING: dict[str, tuple[str, str, Mistake]] = {
 GOING_ON: dict[str, tuple[str, str, Mistake]] = {
     "a finished run's folder for a fresh one": (OUT, "with checkpoints", lambda p: p.set(resume_from_checkpoint=False)),
     "a step that is not there": (RESUME, "7", lambda p: p.set(resume_from_checkpoint=str(checkpoint(p, 7)))),
-    "the step is damaged": (RESUME, "damaged", lambda p: damage_both(p) or p.set(resume_from_checkpoint=str(checkpoint(p)))),
+    "the step is damaged": (
+        RESUME, "damaged", lambda p: damage_both(p) or p.set(resume_from_checkpoint=str(checkpoint(p)))),
     "all steps are damaged": (RESUME, "checkpoint 1 is damaged", damage_both),
     "a later schema": (RESUME, "a newer r1jax wrote it", lambda p: describe(p, schema_version=99)),
     "no schema": (RESUME, "this r1jax did not write it", lambda p: describe(p, schema_version="x")),

@@ -35,7 +35,9 @@ def sequences_of_epoch(a_plan, epoch: int) -> list[int]:
 
 
 def test_golden_rows():
-    """Values that TRL's own tests state for its bfd strategy."""
+    """Values that TRL's own tests state for its bfd strategy; its seq_lengths are [[4], [3, 1]]."""
+    lengths = np.asarray([3, 4, 1])
+    assert [lengths[row].tolist() for row in best_fit(lengths, 4)] == [[4], [3, 1]]
     assert pack_documents([[1, 2, 3], [4, 5, 6, 7], [8]], 4) == [[4, 5, 6, 7], [1, 2, 3, 8]]
     documents = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11], [12]]
     assert pack_documents(documents, 4) == [[1, 2, 3, 4], [8, 9, 10, 11], [6, 7, 12]]

@@ -1,6 +1,6 @@
 """Every key of a recipe does something: changing it changes the batch, the program, what is saved or what is said.
 
-A key is added to CASES with a line: where it shows, a value that is not the default, and keys that must stand beside it.
+A key is added to CASES with a line: where it shows, a value that is not the default, keys that must stand beside it.
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ ELSEWHERE: dict[str, str] = {
     "fp16": "only false is accepted, so that recipes of others load: config/test_schema.py::test_refused",
     "mesh_fsdp": "the other axes leave it one value: sharding/test_mesh.py::test_axes_that_do_not_fit_the_devices",
     "mesh_context": "only 1 is accepted: config/test_schema.py::test_refused",
-    "system_prompt": "GRPO's; accepted for SFT and not used, as in open-r1: config/test_recipes.py::test_grpo_recipe_loads",
+    "system_prompt": "GRPO's; not used by SFT, as in open-r1: config/test_recipes.py::test_grpo_recipe_loads",
     "dataset_num_proc": "changes the speed alone: data/test_tokenized.py::test_worker_processes_give_the_same_rows",
     "run_name": "what W&B shows: trackers/test_wandb.py::test_offline_a_run_is_written_to_the_output_dir",
 }

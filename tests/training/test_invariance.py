@@ -118,7 +118,7 @@ def test_one_by_eight_is_eight_by_one(packing: bool, measure) -> None:
     np.testing.assert_allclose(seen[2], seen[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("max_length", [16, 20, 64, 1000, None])
+@pytest.mark.parametrize("max_length", [20, 64, None])
 def test_max_length_beyond_the_documents_changes_nothing(max_length: int | None, measure) -> None:
     """It is the longest row that a plan may lay out; no document is cut here."""
     steps = []
