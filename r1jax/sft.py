@@ -28,13 +28,15 @@ from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.sharding.placement import local_rows, to_devices
 from r1jax.trackers.open import open_trackers
 from r1jax.training import loop
+from r1jax.training.best import BestSoFar, Final, choose
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.profiling import profiled
+from r1jax.training.publish import Publisher
 from r1jax.training.recorder import Recorder
-from r1jax.training.resume import find_start, restore
-from r1jax.training.source import Source, export_model, first_params, read_source, ready_for
+from r1jax.training.resume import Start, find_start, goes_on, restore
+from r1jax.training.source import Source, export_model, first_params, model_files, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import make_eval_step, make_train_step
 
@@ -65,8 +67,11 @@ def run(config: RunConfig) -> None:
     source = ready_for(config, source, [split.row_format for split in splits.values()])
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
-    checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit)
+    checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit, model_files=model_files(source))
+    publisher = Publisher(config)
     with contextlib.closing(checkpoints):
+        if not goes_on(config.run, checkpoints):
+            publisher.refuse_taken_branch()
         start = find_start(config.run, checkpoints)
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(config, source.decoder, layout, train.plan.longest_row)
@@ -77,13 +82,37 @@ def run(config: RunConfig) -> None:
             state = start_state(first_params(config, source, layout), config.optimizer, layout)
         if jax.process_index() == 0:
             (output_dir / "config.yaml").write_text(to_yaml(config))
+        publisher.start()
+        best = best_so_far(config, start, checkpoints)
         # 4. Training, then the model as others read it.
         recorder = open_recorder(config, train.plan, start.metadata if start else {})
         with contextlib.closing(recorder), out_of_memory_named(estimate):
-            state, done = train_model(config, source, layout, train, held_out, state, recorder, checkpoints)
-        if done < train.plan.num_steps:
-            return
-    export_model(config, source, state, recorder, done)
+            state, done = train_model(
+                config, source, layout, train, held_out, state, recorder, checkpoints, best, publisher
+            )
+            if done < train.plan.num_steps:
+                return
+            checkpoints.wait()
+            final = choose(now(state, recorder, done), state, best, checkpoints, layout)
+            export_model(config, source, final, output_dir)
+            publisher.finish()
+            if counts := publisher.metrics():
+                recorder.trackers.log(done, counts)
+
+
+def best_so_far(config: RunConfig, start: Start | None, checkpoints: Checkpoints) -> BestSoFar | None:
+    """What follows the best checkpoint where load_best_model_at_end asks for it; it goes on where the run does."""
+    if not config.checkpoint.load_best_model_at_end:
+        return None
+    own = start is not None and start.checkpoints.directory == checkpoints.directory
+    best = BestSoFar(config.reporting, start.metadata.get("best") if start is not None and own else None)
+    checkpoints.keep_best(best.step)
+    return best
+
+
+def now(state: TrainState, recorder: Recorder, done: int) -> Final:
+    """The model as it is after `done` updates."""
+    return Final(params=state.params, step=done, num_tokens=recorder.num_tokens, metrics=dict(recorder.last))
 
 
 def load_splits(config: RunConfig) -> dict[str, Split]:
@@ -165,6 +194,8 @@ def train_model(
     state: TrainState,
     recorder: Recorder,
     checkpoints: Checkpoints,
+    best: BestSoFar | None,
+    publisher: Publisher,
 ) -> tuple[TrainState, int]:
     """(the final state, updates done)."""
     noise = config.objective.neftune_noise_alpha or 0.0
@@ -190,13 +221,18 @@ def train_model(
             per_token = train_flops_per_token(source.decoder, mean_visible_keys(lengths))
             yield loop.StepInput(step=index, batch=batch, num_tokens=rows.num_tokens, flops=per_token * rows.num_tokens)
 
-    def measure(now: TrainState) -> dict[str, float]:
+    def measure(state: TrainState) -> dict[str, float]:
         assert held_out is not None
         batches = (batch for _, batch in device_batches(held_out, layout, token_sum, 0))
-        return evaluate(now.params, batches, eval_step)
+        measured = evaluate(state.params, batches, eval_step)
+        if best is not None:
+            best.measured(int(state.step), measured)
+        return measured
 
-    def save(done: int, now: TrainState) -> None:
-        tree = now.as_dict()
+    def save(done: int, state: TrainState) -> None:
+        if counts := publisher.metrics():
+            recorder.trackers.log(done, counts)
+        tree = state.as_dict()
         if config.checkpoint.save_only_model:
             tree = {"params": tree["params"]}
         about = {
@@ -207,8 +243,13 @@ def train_model(
             "num_tokens": recorder.num_tokens,
             "recorder": recorder.progress(),
             "save_only_model": config.checkpoint.save_only_model,
+            "torch_dtype": config.model.torch_dtype,
         }
+        if best is not None:
+            about["best"] = best.saving(done)
+            checkpoints.keep_best(best.step)
         checkpoints.save(done, tree, about)
+        publisher.save(done, lambda folder: export_model(config, source, now(state, recorder, done), folder))
 
     if config.reporting.eval_on_start and held_out is not None and int(state.step) == 0:
         recorder.emit(0, measure(state))

@@ -23,9 +23,7 @@ def seal(folder: Path) -> None:
     listed = {name: path for name, path in paths.items() if name not in _OPEN_UNTIL_COMMIT}
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = list(pool.map(_checksum, listed.values()))
-    facts = {
-        name: [path.stat().st_size, checksum] for (name, path), checksum in zip(listed.items(), sums, strict=True)
-    }
+    facts = {name: [path.stat().st_size, checksum] for (name, path), checksum in zip(listed.items(), sums, strict=True)}
     temporary = folder / (LIST + ".tmp")
     temporary.write_text(json.dumps(facts), encoding="utf-8")
     os.replace(temporary, folder / LIST)

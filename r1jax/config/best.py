@@ -1,4 +1,4 @@
-"""The rules of load_best_model_at_end, which are transformers': what is chosen among must be both saved and evaluated."""
+"""The rules of load_best_model_at_end, transformers' own: what is chosen among is both saved and evaluated."""
 
 from r1jax.config.checkpoint import CheckpointConfig
 from r1jax.config.errors import need, require, shown
@@ -45,5 +45,5 @@ def _check_intervals(save_steps: int | float, eval_steps: int | float) -> None:
         both = isinstance(save_steps, float) and isinstance(eval_steps, float)
         fits = both and round(save_steps * _MILLION) % round(eval_steps * _MILLION) == 0
     if not fits:
-        rule = f"a multiple of eval_steps ({shown(eval_steps)}), both steps or both fractions, for load_best_model_at_end"
-        raise need("save_steps", rule, shown(save_steps), "evaluate wherever a checkpoint is saved")
+        rule = f"a multiple of eval_steps ({shown(eval_steps)}), both numbers or both fractions"
+        raise need("save_steps", rule, shown(save_steps), "load_best_model_at_end needs an evaluation at each save")

@@ -10,8 +10,8 @@ from r1jax.config.intervals import check_interval
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
-    """When checkpoints are written; the end of the run always exports the model. best is refused."""
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """When checkpoints are written; the end of the run always exports the model."""
 
     save_steps: int | float = 500
     """Steps between checkpoints, or a fraction of the run (0.05 = 20 checkpoints)."""
@@ -35,7 +35,7 @@ class CheckpointConfig:
     """end: finished model; every_save: each save's too; the others: also the last, or each, resumable checkpoint."""
 
     hub_private_repo: bool | None = None
-    """Whether a repository that is made is private; null: the owner's default, private where only branches are asked for."""
+    """Whether a new repository is private; null: the owner's default, but private without push_to_hub."""
 
     hub_token: str | None = field(default=None, metadata={"secret": True})
     """Access token with write permission; null: HF_TOKEN or the login. Never shown nor written."""
@@ -58,13 +58,13 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         check_interval("save_steps", self.save_steps)
         at_least("save_total_limit", self.save_total_limit, 1, "remove the key to keep all, or use save_strategy: 'no'")
-        advice = "use steps or epoch with load_best_model_at_end: true, which keeps the best checkpoint"
-        require(self.save_strategy != "best", "save_strategy", "no, steps or epoch", self.save_strategy, advice)
         named = self.hub_model_id is None or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.hub_model_id)
         advice = "write letters, digits, '-', '_', '.'"
         require(bool(named), "hub_model_id", "a repository like org/name or name", self.hub_model_id, advice)
         branch = re.fullmatch(r"[\w][\w./-]*", self.hub_model_revision) and ".." not in self.hub_model_revision
-        require(bool(branch), "hub_model_revision", "the name of a branch", self.hub_model_revision, "name one like main")
+        require(
+            bool(branch), "hub_model_revision", "the name of a branch", self.hub_model_revision, "name one like main"
+        )
 
     @property
     def publishes(self) -> bool:

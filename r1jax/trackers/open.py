@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from r1jax.config.schema import RunConfig
+from r1jax.config.schema import RunConfig, shareable
 from r1jax.trackers.jsonl import JsonLines
 from r1jax.trackers.tensorboard import TensorBoard
 from r1jax.trackers.tracker import Metrics, Tracker
@@ -36,8 +36,7 @@ def open_trackers(config: RunConfig, output_dir: Path, start_step: int) -> Track
     members: list[Tracker] = []
     # First, since only this one can refuse: nothing has been written then.
     if "wandb" in config.reporting.trackers:
-        run_config = dataclasses.asdict(config)
-        members.append(WeightsAndBiases(config.reporting, output_dir, start_step, run_config))
+        members.append(WeightsAndBiases(config.reporting, output_dir, start_step, shareable(config)))
     if "tensorboard" in config.reporting.trackers:
         members.append(TensorBoard(output_dir / "runs", start_step))
     members.append(JsonLines(output_dir / "metrics.jsonl", start_step))
