@@ -153,26 +153,26 @@ class Publisher:
 
     def _checkpoints(self, step: int, folder: Path) -> list[Upload]:
         """The checkpoints that go up with a save, linked into `folder`: save_total_limit may drop them meanwhile."""
-        own = self._output_dir / FOLDER
+        latest, branch = self._settings.hub_strategy == "checkpoint", self._settings.hub_model_revision
         deadline = time.monotonic() + self._seconds
-        while not (own / str(step)).is_dir():
-            if time.monotonic() > deadline:
-                raise PushFailed(f"checkpoint {step} was not written within {self._seconds:g} s")
-            time.sleep(_POLL_SECONDS)
-        branch, linked = self._settings.hub_model_revision, folder / FOLDER
-        if self._settings.hub_strategy == "checkpoint":
-            link_tree(own / str(step), linked / str(step))
-            # A folder of checkpoints, as resume_from_checkpoint takes it.
-            return [Upload(linked, branch, f"Checkpoint of step {step}", path="last-checkpoint")]
-        # Those of saves that were left out, too.
-        paths = {f"{FOLDER}/{path.name}" for path in own.iterdir() if path.name.isdigit()} - self._queue.sent
-        for path in paths:
-            link_tree(self._output_dir / path, folder / path)
-        return [Upload(folder / path, branch, f"Add {path}", path=path) for path in sorted(paths)]
+        while time.monotonic() < deadline:
+            steps = [int(path.name) for path in (self._output_dir / FOLDER).iterdir() if path.name.isdigit()]
+            if max(steps, default=-1) < step:  # is being written
+                time.sleep(_POLL_SECONDS)
+                continue
+            # Not the last alone: those of saves that were left out, too.
+            paths = {f"{FOLDER}/{one}" for one in ([max(steps)] if latest else steps)} - self._queue.sent
+            linked = sorted(path for path in paths if link_tree(self._output_dir / path, folder / path))
+            if latest and linked:
+                # A folder of checkpoints, as resume_from_checkpoint takes it.
+                return [Upload(folder / FOLDER, branch, f"Add last-checkpoint: {linked[0]}", path="last-checkpoint")]
+            if not latest:
+                return [Upload(folder / path, branch, f"Add {path}", path=path) for path in linked]
+        raise PushFailed(f"checkpoint {step} was not written within {self._seconds:g} s")
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Nothing; target is source with the same files, which last when source is deleted. Raises `PushFailed`."""
+def link_tree(source: Path, target: Path) -> bool:
+    """Whether target now is source with the same files, which last when source is deleted: False where it was gone."""
 
     def link(one: str, other: str) -> str:
         try:
@@ -185,5 +185,7 @@ def link_tree(source: Path, target: Path) -> None:
 
     try:
         shutil.copytree(source, target, copy_function=link)
-    except (OSError, shutil.Error) as error:
-        raise PushFailed(f"{source.name} was dropped (save_total_limit) before it could go up") from error
+    except (FileNotFoundError, shutil.Error):
+        shutil.rmtree(target, ignore_errors=True)
+        return False
+    return True
