@@ -32,10 +32,14 @@ def test_less_loss_is_better_and_an_equal_one_is_not():
 
 
 def test_more_accuracy_is_better_unless_told():
-    accuracy = {"metric_for_best_model": "mean_token_accuracy"}
+    accuracy = "mean_token_accuracy"
     values = {2: 0.5, 4: 0.25, 6: 0.75}
-    assert follow(BestSoFar(ReportingConfig(**accuracy)), values) == [2, 2, 6]
-    assert follow(BestSoFar(ReportingConfig(**accuracy, greater_is_better=False)), values) == [2, 4, 4]
+    assert follow(BestSoFar(ReportingConfig(metric_for_best_model=accuracy)), values) == [2, 2, 6]
+    assert follow(BestSoFar(ReportingConfig(metric_for_best_model=accuracy, greater_is_better=False)), values) == [
+        2,
+        4,
+        4,
+    ]
 
 
 def test_what_was_not_evaluated_is_no_candidate():

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_thisIsASecretOfTheTests"
 TIMING = {"tokens_per_second", "time/step", "tflops_per_device", "eval_runtime"}
 STEPS = 6
-SLOW = pytest.mark.slow
+REFUSING = [pytest.param(status, marks=pytest.mark.slow) for status in ("401", "500")]
 EXPORT = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
 
 
@@ -157,9 +157,7 @@ def refused_port() -> str:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param("401", marks=SLOW), pytest.param("500", marks=SLOW), "hangs", "unreachable"]
-)
+@pytest.mark.parametrize("mode", ["hangs", "unreachable", *REFUSING])
 def test_a_hub_that_fails_costs_warnings_and_nothing_else(world: Path, unpublished: Path, mode: str) -> None:
     keys = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_token": TOKEN, "hub_timeout": 1.0}
     # A check that gets no answer is a warning too.
