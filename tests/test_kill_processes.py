@@ -38,7 +38,8 @@ def trainers(config: Path) -> dict[int, int]:
     for folder in Path("/proc").iterdir():
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
+            lines = (folder / "environ").read_bytes().split(b"\0")
+            variables = {name: value for name, _, value in (line.partition(b"=") for line in lines)}
         except OSError:  # ended, or no process
             continue
         if b"r1jax.train" in words and str(config).encode() in words:
