@@ -23,7 +23,7 @@ from r1jax.checkpoints.generation import read_generation_config
 from r1jax.checkpoints.hf import load_params, read_config
 from r1jax.checkpoints.hf_export import EXPORT_DTYPES, export
 from r1jax.checkpoints.model_card import Card
-from r1jax.checkpoints.orbax import FOLDER, Checkpoints, locate
+from r1jax.checkpoints.orbax import FOLDER, MODEL_FILES, Checkpoints, locate
 from r1jax.config.errors import need
 from r1jax.config.folders import check_folder
 from r1jax.models.config import DecoderConfig
@@ -42,6 +42,8 @@ class Model(NamedTuple):
     origin: str
     """What it is, for the last line."""
     card: Card
+    dtype: str | None = None
+    """Of the weights where the command names none; None means the source model's."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,11 +110,16 @@ def _from_orbax(folder: Path, step: int | None, args: argparse.Namespace) -> Mod
     params = checkpoints.restore_params(step, abstract)
     checkpoints.close()
     name = args.model_name_or_path or metadata.get("model_name_or_path")
-    files = hub.resolve(args.model_name_or_path) if args.model_name_or_path else _if_local(name)
+    own = folder / str(step) / MODEL_FILES
+    if args.model_name_or_path:
+        files = hub.resolve(args.model_name_or_path)
+    else:  # older checkpoints do not carry them
+        files = own if own.is_dir() else _if_local(name)
     card = Card(steps=step)
     if name:
         card["base_model"] = name
-    return Model(params, config, metadata["hf_config"], files, f"step {step} of {folder}", card)
+    dtype = metadata.get("torch_dtype")
+    return Model(params, config, metadata["hf_config"], files, f"step {step} of {folder}", card, dtype)
 
 
 def _on_cpu() -> jax.sharding.Sharding:
@@ -142,7 +149,7 @@ def _to_hf(target: Path, model: Model, dtype: str | None) -> str:
         hf_config=model.hf_config,
         tokenizer=tokenizer,
         generation_config=read_generation_config(model.files) if model.files else None,
-        dtype=dtype,
+        dtype=dtype or model.dtype,
         card=model.card,
     )
     left_out = "" if tokenizer else "; no tokenizer found, so none is there: --model_name_or_path gives one"
@@ -159,6 +166,7 @@ class _TokenizerFiles:
     NAMES = (
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+        "additional_chat_templates",
     )
 
     def __init__(self, paths: list[Path]) -> None:
@@ -177,12 +185,15 @@ class _TokenizerFiles:
 
     def save_pretrained(self, directory: Path) -> None:
         for path in self._paths:
-            shutil.copyfile(path, directory / path.name)
+            if path.is_dir():
+                shutil.copytree(path, directory / path.name)
+            else:
+                shutil.copyfile(path, directory / path.name)
 
 
 def _tokenizer(directory: Path) -> _TokenizerFiles | None:
     """The directory's tokenizer, or None where it holds weights alone."""
-    paths = [directory / name for name in _TokenizerFiles.NAMES if (directory / name).is_file()]
+    paths = [directory / name for name in _TokenizerFiles.NAMES if (directory / name).exists()]
     return _TokenizerFiles(paths) if paths else None
 
 

@@ -43,11 +43,11 @@ from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.profiling import profiled
-from r1jax.training.recorder import Recorder
+from r1jax.training.publish import Publisher
 from r1jax.training.reference import Reference
-from r1jax.training.resume import Start, find_start, restore_beside
-from r1jax.training.saving import make_save, open_recorder
-from r1jax.training.source import Source, export_model, first_params, read_source
+from r1jax.training.resume import Start, find_start, goes_on, restore_beside
+from r1jax.training.saving import Keeper, best_so_far, open_recorder
+from r1jax.training.source import Source, first_params, model_files, read_source
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import make_score_step, make_train_step
 
@@ -81,8 +81,11 @@ def run(config: RunConfig) -> None:
     mesh = make_mesh(config.mesh)
     task = read_task(config, source, data_shards(mesh))
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
-    checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit)
+    checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit, model_files=model_files(source))
+    publisher = Publisher(config)
     with contextlib.closing(checkpoints):
+        if not goes_on(config.run, checkpoints):
+            publisher.refuse_taken_branch()
         start = find_start(config.run, checkpoints)
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(
@@ -94,15 +97,23 @@ def run(config: RunConfig) -> None:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "config.yaml").write_text(to_yaml(config))
         # 4. Training, then the model as others read it.
+        publisher.start()
         recorder = open_recorder(config, task.plan, policy_metrics, start.metadata if start else {})
+        keeper = Keeper(
+            config=config,
+            source=source,
+            layout=layout,
+            checkpoints=checkpoints,
+            recorder=recorder,
+            fingerprint=task.fingerprint,
+            best=best_so_far(config, start, checkpoints),
+            publisher=publisher,
+        )
         with contextlib.closing(recorder), out_of_memory_named(estimate), open_graders(config, task) as graders:
             collector = make_collector(config, source, layout, task, graders)
-            state, done = train_policy(
-                config, source, layout, task, collector, state, reference, kept, recorder, checkpoints
-            )
-        if done < task.plan.num_steps:
-            return
-    export_model(config, source, state, recorder, done)
+            state, done = train_policy(config, source, layout, task, collector, state, reference, kept, keeper)
+            if done == task.plan.num_steps:
+                keeper.finish(done, state)
 
 
 def read_task(config: RunConfig, source: Source, shards: int) -> Task:
@@ -212,8 +223,7 @@ def train_policy(
     state: TrainState,
     reference: Reference | None,
     kept: dict[int, Any],
-    recorder: Recorder,
-    checkpoints: Checkpoints,
+    keeper: Keeper,
 ) -> tuple[TrainState, int]:
     """(the final state, updates done)."""
     plan, output_dir = task.plan, Path(config.run.output_dir)
@@ -267,19 +277,19 @@ def train_policy(
         return {**trees, **(reference.trees() if reference else {})}, metadata
 
     def measure(now: TrainState) -> dict[str, float]:
-        return evaluate_policy(config, task, collector, now)
+        return keeper.measured(int(now.step), evaluate_policy(config, task, collector, now))
 
     if config.reporting.eval_on_start and task.held_out is not None and int(state.step) == 0:
-        recorder.emit(0, measure(state))
+        keeper.recorder.emit(0, measure(state))
     return loop.run(
         state,
         lambda now: profiled(inputs(now), config.run.profiled_steps(), output_dir / "profile"),
         step,
         cadence=cadence,
-        recorder=recorder,
+        recorder=keeper.recorder,
         tasks=loop.Tasks(
             evaluate=measure if task.held_out is not None else None,
-            save=make_save(config, source, checkpoints, recorder, task.fingerprint, beside),
+            save=dataclasses.replace(keeper, beside=beside).save,
         ),
     )
 

@@ -34,10 +34,10 @@ from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.profiling import profiled
-from r1jax.training.recorder import Recorder
-from r1jax.training.resume import check_start, find_start, restore
-from r1jax.training.saving import make_save, open_recorder
-from r1jax.training.source import Source, export_model, first_params, read_source, ready_for
+from r1jax.training.publish import Publisher
+from r1jax.training.resume import check_start, find_start, goes_on, restore
+from r1jax.training.saving import Keeper, best_so_far, open_recorder
+from r1jax.training.source import Source, first_params, model_files, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
 
@@ -70,8 +70,11 @@ def run(config: RunConfig) -> None:
     source = ready_for(config, source, [split.row_format for split in splits.values()])
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
-    checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit)
+    checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit, model_files=model_files(source))
+    publisher = Publisher(config)
     with contextlib.closing(checkpoints):
+        if not goes_on(config.run, checkpoints):
+            publisher.refuse_taken_branch()
         start = find_start(config.run, checkpoints)
         if start is not None:
             check_start(start, layout, train.plan.fingerprint)
@@ -85,13 +88,24 @@ def run(config: RunConfig) -> None:
         if jax.process_index() == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "config.yaml").write_text(to_yaml(config))
+        publisher.start()
+        best = best_so_far(config, start, checkpoints)
         # 4. Training, then the model as others read it.
         recorder = open_recorder(config, train.plan, nll_metrics, start.metadata if start else {})
+        keeper = Keeper(
+            config=config,
+            source=source,
+            layout=layout,
+            checkpoints=checkpoints,
+            recorder=recorder,
+            fingerprint=train.plan.fingerprint,
+            best=best,
+            publisher=publisher,
+        )
         with contextlib.closing(recorder), out_of_memory_named(estimate):
-            state, done = train_model(config, source, layout, train, held_out, state, recorder, checkpoints)
-        if done < train.plan.num_steps:
-            return
-    export_model(config, source, state, recorder, done)
+            state, done = train_model(config, source, layout, train, held_out, state, keeper)
+            if done == train.plan.num_steps:
+                keeper.finish(done, state)
 
 
 def load_splits(config: RunConfig) -> dict[str, Split]:
@@ -182,8 +196,7 @@ def train_model(
     train: Rows,
     held_out: Rows | None,
     state: TrainState,
-    recorder: Recorder,
-    checkpoints: Checkpoints,
+    keeper: Keeper,
 ) -> tuple[TrainState, int]:
     """(the final state, updates done)."""
     plan = train.plan
@@ -197,20 +210,19 @@ def train_model(
             per_token = train_flops_per_token(source.decoder, mean_visible_keys(lengths))
             yield loop.StepInput(step=index, batch=batch, num_tokens=rows.num_tokens, flops=per_token * rows.num_tokens)
 
-    def measure(now: TrainState) -> dict[str, float]:
+    def measure(state: TrainState) -> dict[str, float]:
         assert held_out is not None
         batches = (batch for _, batch in device_batches(held_out, layout, token_sum, 0))
-        return evaluate(now.params, batches, eval_step)
+        return keeper.measured(int(state.step), evaluate(state.params, batches, eval_step))
 
-    save = make_save(config, source, checkpoints, recorder, plan.fingerprint)
     if config.reporting.eval_on_start and held_out is not None and int(state.step) == 0:
-        recorder.emit(0, measure(state))
+        keeper.recorder.emit(0, measure(state))
     profile = Path(config.run.output_dir) / "profile"
     return loop.run(
         state,
         lambda now: profiled(inputs(now), config.run.profiled_steps(), profile),
         step,
         cadence=make_cadence(config, plan.num_steps, plan.num_steps_per_epoch),
-        recorder=recorder,
-        tasks=loop.Tasks(evaluate=measure if held_out is not None else None, save=save),
+        recorder=keeper.recorder,
+        tasks=loop.Tasks(evaluate=measure if held_out is not None else None, save=keeper.save),
     )

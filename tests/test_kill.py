@@ -286,6 +286,24 @@ def test_three_kills(world: Path, report: Callable[[str], None]) -> None:
     run_through(world, "three", 20, [("save", 1, 0.0), ("restore", 0, 0.01), ("commit", 1, 0.0)], report)
 
 
+def test_a_killed_run_exports_the_same_best_checkpoint(world: Path, report: Callable[[str], None]) -> None:
+    """A rate that grows makes the model worse in the end; what is chosen is known before the kill, and kept."""
+    keys = {"max_steps": 20, "eval_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True, "warmup_steps": 20}
+    keys |= {"learning_rate": 0.3, "max_grad_norm": 0}
+    whole = finish(recipe(world, "best-whole", **keys), world)
+    held_out = {row["step"]: row["eval_loss"] for row in results(whole)["rows"] if "eval_loss" in row}
+    best = min(held_out, key=lambda step: held_out[step])
+    assert best <= 14, held_out
+    config = recipe(world, "best", **keys)
+    run, seen = killed(config, world, "save", best // 2 + 1, 0.0)
+    report(f"best at {best}, killed in {seen}; left: {sorted(path.name for path in run.checkpoints.glob('[0-9]*'))}")
+    assert str(best) in {path.name for path in run.checkpoints.iterdir()}
+    assert_same_end(finish(config, world), whole)
+    assert {path.name for path in (whole / "checkpoints").glob("[0-9]*")} == {str(best), "20"}
+    line = f"for {best} steps"
+    assert line in (whole / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_thirty_kills(world: Path, report: Callable[[str], None]) -> None:
     """At least five inside save or commit and three inside restore; the others anywhere, in deletions and exports."""

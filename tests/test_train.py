@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
-from r1jax import sft, train
+from r1jax import convert, sft, train
 from r1jax.config import load
 from r1jax.training.source import read_source
 
@@ -178,7 +179,7 @@ def test_a_model_without_chat_template_learns_chatml_and_its_vocabulary_grows(wo
     assert train.main(["--config", str(plain)]) == 0
     config = recipe(
         world, model_name_or_path=str(start), random_init=False, output_dir=str(out), max_steps=2, eval_steps=None,
-        learning_rate=0.0, logging_steps=1, **changes,
+        learning_rate=0.0, logging_steps=1, save_strategy="steps", save_steps=2, torch_dtype="bfloat16", **changes,
     )  # fmt: skip
     assert train.main(["--config", str(config)]) == 0
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
@@ -187,10 +188,21 @@ def test_a_model_without_chat_template_learns_chatml_and_its_vocabulary_grows(wo
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1, 65]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert str(text).endswith(f"<|im_start|>assistant\n{messages[1]['content']}<|im_end|>\n")
-    table = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    weights = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    table = weights["model.embed_tokens.weight"].numpy()
     before = load_file(start / "model.safetensors")["model.embed_tokens.weight"]
-    np.testing.assert_array_equal(table[:64], before)
-    np.testing.assert_allclose(table[64:], np.broadcast_to(before.mean(0), (64, 32)), atol=1e-7)
+    np.testing.assert_allclose(table[:64], before, rtol=2**-8)  # exported as bfloat16
+    np.testing.assert_allclose(table[64:], np.broadcast_to(before.mean(0), (64, 32)), rtol=2**-8, atol=1e-7)
+    # The checkpoint becomes the same model by itself: the run's tokenizer, stop tokens and dtype are in it.
+    shutil.rmtree(start)
+    assert convert.main([str(out / "checkpoints" / "2"), str(world / "converted"), "--to", "hf"]) == 0
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
+        for folder in (world / "converted", out)
+    )
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= ours.keys()
+    for name, content in ours.items():
+        assert content == theirs[name], name
 
 
 def test_sigterm_saves_and_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(world: Path) -> None:

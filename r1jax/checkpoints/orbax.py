@@ -7,11 +7,13 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from r1jax.checkpoints import integrity
 from r1jax.config.errors import need, shown
@@ -21,6 +23,9 @@ SCHEMA_VERSION = 1
 
 FOLDER = "checkpoints"
 """Where a run's output_dir keeps them."""
+
+MODEL_FILES = "model"
+"""Folder in a checkpoint with what an export of it needs beside the state: tokenizer and generation_config.json."""
 
 # A checkpoint that goes is first moved here, in one move: a kill while its files are deleted leaves no half of it
 # under its step's name.
@@ -47,11 +52,40 @@ def _is_step(path: Path) -> bool:
     return named_for_step and (path / "state").is_dir() and (path / "metadata").is_dir()
 
 
+class _Kept(PreservationPolicy):
+    """Which checkpoints stay: the best one, then the newest, `limit` together, but never fewer than the newest and the
+    best (as in transformers)."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.best: int | None = None
+
+    # Orbax's types of these two are protocols that cannot be checked when the tests run.
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        if self.limit is None or not steps:
+            return [True] * len(steps)
+        kept = {max(steps)} | ({self.best} & set(steps))
+        room = max(self.limit - len(kept), 0)
+        kept |= set(sorted((step for step in steps if step not in kept), reverse=True)[:room])
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """The checkpoints in one folder. Every process of a run makes one and calls the same methods in the same order."""
 
-    def __init__(self, directory: Path, save_total_limit: int | None = None, *, read_only: bool = False) -> None:
-        """`save_total_limit` keeps the newest that many; `read_only` creates and deletes nothing."""
+    def __init__(
+        self,
+        directory: Path,
+        save_total_limit: int | None = None,
+        *,
+        read_only: bool = False,
+        model_files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """`save_total_limit` keeps that many (`keep_best`); `read_only` creates and deletes nothing.
+
+        `model_files`, content by name, go into each checkpoint.
+        """
         # Orbax reports each phase of each save through absl; its own errors are raised, not logged.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = directory.absolute()
@@ -59,8 +93,11 @@ class Checkpoints:
         self._ours: set[int] = set()
         self._saving = 0
         self._read_only, self._cleaned = read_only, False
+        self._model_files = dict(model_files or {})
+        self._whole: set[int] = set()
+        self._kept = _Kept(None if read_only else save_total_limit)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else save_total_limit,
+            preservation_policy=self._kept,
             save_interval_steps=0 if read_only else 1,
             create=False,  # a run that is refused leaves nothing behind: `save` makes the folder
             todelete_subdir=None if read_only else _DELETED,
@@ -72,6 +109,10 @@ class Checkpoints:
         state_handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         handlers = {"state": state_handler, "metadata": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    def keep_best(self, step: int | None) -> None:
+        """From the next save on, this checkpoint is not dropped (None: no one is better than the others)."""
+        self._kept.best = step
 
     def all_steps(self) -> list[int]:
         """The committed checkpoints' steps, ascending; what happened to them since is not looked at."""
@@ -156,7 +197,13 @@ class Checkpoints:
             advice = "a newer r1jax wrote it, use that" if newer else "this r1jax did not write it, name another"
             got = f"{shown(version)} in {self.directory / str(step)}"
             raise need("resume_from_checkpoint", f"schema_version <= {SCHEMA_VERSION}", got, advice)
-        return integrity.damage(self.directory / str(step))
+        if step in self._whole:
+            return None
+        # Every byte is read by the first process alone: the others take its word for the step to resume from.
+        reason = integrity.damage(self.directory / str(step), contents=jax.process_index() == 0)
+        if reason is None:
+            self._whole.add(step)
+        return reason
 
     def newest_whole(self) -> tuple[int | None, list[str]]:
         """(the newest step that is whole, None without one; what is wrong with each newer one)."""
@@ -192,10 +239,16 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Called by Orbax on the first process, when all files are written and nothing is committed."""
-        integrity.seal(self.directory / f"{self._saving}{_UNCOMMITTED}")
+        folder = self.directory / f"{self._saving}{_UNCOMMITTED}"
+        for name, content in self._model_files.items():
+            path = folder / MODEL_FILES / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        integrity.seal(folder)
 
     def _delete(self, step: int) -> None:
         self._manager.delete(step)
+        self._whole.discard(step)
         self._empty_deleted()
 
     def _empty_deleted(self) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from r1jax.config import schema
+from r1jax.config.errors import HIDDEN
 from r1jax.config.resolve import Resolved
 from r1jax.config.schema import RunConfig
 from r1jax.config.values import described
@@ -26,14 +27,14 @@ log = logging.getLogger(__name__)
 
 
 def to_yaml(config: RunConfig) -> str:
-    """YAML text of every key the task reads, by group; it loads to an equal RunConfig.
+    """YAML text of every key the task reads, by group; it loads to an equal RunConfig, but for the secret keys.
 
-    `env` is left out on purpose: it often holds access tokens, and this text is stored beside the model.
+    These and `env` are left out on purpose: they hold access tokens, and this text is stored beside the model.
     """
     values = schema.values(config)
     parts: list[str] = []
     for group in schema.groups():
-        chosen = {key.name: _plain(values[key.name]) for key in _shown_keys(config, group)}
+        chosen = {key.name: _plain(values[key.name]) for key in _shown_keys(config, group) if not key.secret}
         if chosen:
             text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10**6)
             parts.append(f"# {group}\n{text}")
@@ -49,7 +50,8 @@ def print_resolved(resolved: Resolved, console: Console) -> None:
         if keys:
             table.add_row(Text(f"[{group}]", style="bold"), "", "")
         for key in keys:
-            table.add_row(Text(key.name), Text(written(values[key.name])), Text(resolved.origins[key.name]))
+            value = HIDDEN if key.secret and values[key.name] is not None else written(values[key.name])
+            table.add_row(Text(key.name), Text(value), Text(resolved.origins[key.name]))
     for number, name in enumerate(sorted(resolved.env)):
         if number == 0:
             table.add_row(Text("[env]", style="bold"), "", "")

@@ -5,6 +5,13 @@ traceback, because it is ours.
 """
 
 import json
+import re
+
+HIDDEN = "***"
+"""What is shown in the place of a secret."""
+
+# Access tokens of the hub: one may stand in a key that is misspelt.
+_TOKEN = re.compile(r"\bhf_\w{8,}")
 
 
 class UserError(ValueError):
@@ -28,13 +35,14 @@ def at_least(field: str, value: float | None, low: float, advice: str) -> None:
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """The value on one line as YAML would have it (null, true, 'text'), cut at `limit` characters."""
+    """The value on one line as YAML would have it (null, true, 'text'), cut at `limit` characters, tokens hidden."""
     if isinstance(value, str):
         text = repr(value)
     elif isinstance(value, float) and value.is_integer():
         text = f"{value:.17g}"  # 5 as the user wrote it, not 5.0
     else:
         text = _as_json(value)
+    text = _TOKEN.sub(HIDDEN, text)
     return text if len(text) <= limit else text[:limit] + "..."
 
 

@@ -5,7 +5,6 @@ they are accepted only when they switch their feature off. `RENAMED` keys are re
 """
 
 _KERNELS = "XLA compiles the attention and loss kernels that fit the device"
-_HUB = "nothing is pushed to the hub: the finished model is in output_dir, ready to upload"
 _PASS_RATE = "only pass-rate filtering reads it, training does not"
 _ROUTER = "open-r1 never passes it to the reward; code runs where code_provider says"
 _LOADER = "grain reads and prefetches rows; dataset_num_proc sets the workers that tokenise"
@@ -20,16 +19,6 @@ FOREIGN: dict[str, str] = {
     "gradient_checkpointing_use_reentrant": "remat_policy says what gradient_checkpointing recomputes",
     "vllm_device": "the vLLM server's devices are chosen where it is started (open-r1's TRL ignores the key too)",
     "ds3_gather_for_generation": "weights are gathered tensor by tensor for generation",
-    "push_to_hub": _HUB,
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
-    "hub_always_push": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_token": _HUB,
-    "hub_model_revision": _HUB,
-    "push_to_hub_revision": _HUB,
-    "overwrite_hub_revision": _HUB,
-    "callbacks": "no callbacks run; checkpoints are kept in output_dir/checkpoints",
     "benchmarks": "no benchmarks are started by a save; evaluate the saved model with its own command",
     "e2b_router_url": _ROUTER,
     "morph_router_url": _ROUTER,
@@ -70,7 +59,6 @@ NOT_BUILT: dict[str, str] = {
     "use_peft": "train all parameters",
     "load_in_4bit": "use bf16 and zero_stage 3 to save memory",
     "load_in_8bit": "use bf16 and zero_stage 3 to save memory",
-    "load_best_model_at_end": "choose the checkpoint by metrics.jsonl",
     "auto_find_batch_size": "set per_device_train_batch_size",
     "group_by_length": "use packing",
 }

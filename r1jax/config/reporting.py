@@ -26,6 +26,12 @@ class ReportingConfig:
     eval_packing: bool | None = None
     """Pack the held-out rows; null means as packing says."""
 
+    metric_for_best_model: str | None = None
+    """Held-out metric by which load_best_model_at_end chooses, with or without eval_; null means eval_loss."""
+
+    greater_is_better: bool | None = None
+    """Whether more of it is better; null: not for a name that ends with loss, else yes."""
+
     logging_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When metrics are logged."""
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any
 
 from r1jax.config import foreign, schema
-from r1jax.config.errors import UserError, need, shown
+from r1jax.config.best import full_metric_name, greater_by_name
+from r1jax.config.errors import HIDDEN, UserError, need, shown
 from r1jax.config.nested import convert
 from r1jax.config.schema import RunConfig
 from r1jax.config.sources import Words, read_command_line, read_config_file, read_env, unknown_key
+from r1jax.config.values import described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ def _resolve(given: Mapping[str, Given], *, env: Mapping[str, str], dry_run: boo
     ours = {name: value for name, value in given.items() if not _is_foreign(name, value, ignored)}
     chosen: dict[str, Any] = {}
     for name, value in ours.items():
-        chosen[name] = convert(name, schema.keys()[name].hint, value.raw)
+        chosen[name] = _convert(schema.keys()[name], value.raw)
     origins = {name: value.origin for name, value in ours.items()}
     task = _choose_task(chosen, origins)
     _drop_other_task(task, chosen, origins, ignored)
@@ -85,6 +88,15 @@ def _resolve(given: Mapping[str, Given], *, env: Mapping[str, str], dry_run: boo
         env=env,
         dry_run=dry_run,
     )
+
+
+def _convert(key: schema.Key, raw: object) -> Any:
+    try:
+        return convert(key.name, key.hint, raw)
+    except UserError:
+        if key.secret:  # its message would show the value
+            raise need(key.name, described(key.hint), HIDDEN, "put it in quotes") from None
+        raise
 
 
 def _is_foreign(name: str, value: Given, ignored: list[tuple[str, str]]) -> bool:
@@ -164,11 +176,21 @@ def _implied(task: str, chosen: Mapping[str, Any], origins: Mapping[str, str]) -
         implied["do_eval"] = True
     if chosen["eval_strategy"] == "steps" and chosen["eval_steps"] is None:
         implied["eval_steps"] = chosen["logging_steps"]
+    if chosen["load_best_model_at_end"]:
+        implied["metric_for_best_model"] = metric = full_metric_name(chosen["metric_for_best_model"])
+        if chosen["greater_is_better"] is None:
+            implied["greater_is_better"] = greater_by_name(metric)
+    if chosen["hub_model_id"] is None and _publishes(chosen):
+        implied["hub_model_id"] = Path(chosen["output_dir"]).absolute().name
     if task == "sft" and chosen["eval_packing"] is None:
         implied["eval_packing"] = chosen["packing"]
     if task == "grpo" and origins["rollout_engine"] == "default" and chosen["use_vllm"]:
         implied["rollout_engine"] = "vllm"
     return implied
+
+
+def _publishes(chosen: Mapping[str, Any]) -> bool:
+    return bool(chosen["push_to_hub"] or chosen["push_to_hub_revision"] or chosen["callbacks"])
 
 
 def _overruled(chosen: Mapping[str, Any], origins: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -201,6 +223,14 @@ def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
         strategy = name.replace("steps", "strategy")
         # logging_steps is also what eval_steps falls back to, but then it has been copied already
         return None if chosen[strategy] == "steps" else f"{strategy} is {chosen[strategy]}"
+    if name in ("metric_for_best_model", "greater_is_better") and not chosen["load_best_model_at_end"]:
+        return "load_best_model_at_end is false"
+    if name.startswith("hub_") and not _publishes(chosen):
+        return "nothing is pushed: push_to_hub is false"
+    if name in ("hub_strategy", "hub_always_push") and not chosen["push_to_hub"]:
+        return "push_to_hub is false"
+    if name == "overwrite_hub_revision" and not chosen["push_to_hub_revision"]:
+        return "push_to_hub_revision is false"
     if name.startswith("wandb_") and not {"wandb", "all"} & set(chosen["report_to"]):
         return "report_to does not have wandb"
     if schema.keys()[name].group == "vllm" and name != "rollout_engine" and chosen["rollout_engine"] == "jax":

@@ -32,6 +32,9 @@ class RunSettings:
     profile_steps: int | str | None = None
     """Steps traced by JAX's profiler into output_dir/profile, as first-last (10-12) or one number; null means none."""
 
+    hub_timeout: float = 1800.0
+    """Seconds that one push to the hub may take; then it counts as failed."""
+
     log_level: LogLevel = "passive"
     """Least severe message that is shown; passive means info."""
 
@@ -39,6 +42,7 @@ class RunSettings:
         require(0 <= self.seed < 2**32, "seed", "0 <= x < 2**32", self.seed, "choose a number in that range")
         require(bool(self.output_dir.strip()), "output_dir", "a folder name", self.output_dir, "name a folder")
         self.profiled_steps()
+        require(self.hub_timeout > 0, "hub_timeout", "x > 0", self.hub_timeout, "give a number of seconds")
         if isinstance(self.resume_from_checkpoint, str):
             named = bool(self.resume_from_checkpoint.strip())
             advice = "name a checkpoint folder, or remove the key to resume by itself"

@@ -5,10 +5,11 @@ The groups are for the code that reads them; users see one flat namespace, so no
 
 import functools
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 from r1jax.config.batch import BatchConfig
+from r1jax.config.best import check_best
 from r1jax.config.checkpoint import CheckpointConfig
 from r1jax.config.data import DataConfig
 from r1jax.config.errors import need, require, shown
@@ -76,6 +77,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_source(self.data, self.mixture)
         self._check_evaluation()
+        check_best(self.checkpoint, self.reporting, self.run.task)
         self.objective.check(self.run.task)
         if self.run.task == "grpo":
             check_generation_batch(self.batch, self.sampling, self.mesh.data_shards)
@@ -127,6 +129,11 @@ class Key:
     declared: Field[Any]
 
     @property
+    def secret(self) -> bool:
+        """Whether the value is neither shown nor written."""
+        return bool(self.declared.metadata.get("secret"))
+
+    @property
     def task(self) -> str | None:
         """The only task that reads the key, or None when both do."""
         if self.group in GRPO_GROUPS:
@@ -165,6 +172,15 @@ def values(config: RunConfig) -> dict[str, Any]:
     task = config.run.task
     return {
         key.name: getattr(getattr(config, key.group), key.name) for key in keys().values() if key.task in (None, task)
+    }
+
+
+def shareable(config: RunConfig) -> dict[str, Any]:
+    """All values by group and key, for those outside who keep a run's configuration; secrets are left out."""
+    hidden = {key.name for key in keys().values() if key.secret}
+    return {
+        group: {name: value for name, value in part.items() if name not in hidden}
+        for group, part in asdict(config).items()
     }
 
 

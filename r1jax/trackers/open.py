@@ -8,7 +8,7 @@ import jax
 
 from r1jax.config.errors import need
 from r1jax.config.reporting import ReportingConfig
-from r1jax.config.schema import RunConfig
+from r1jax.config.schema import RunConfig, shareable
 from r1jax.trackers.jsonl import JsonLines
 from r1jax.trackers.tensorboard import TensorBoard
 from r1jax.trackers.tracker import Metrics, Tracker
@@ -45,8 +45,7 @@ def open_trackers(config: RunConfig, output_dir: Path, start_step: int) -> Track
         return Trackers(())
     members: list[Tracker] = []
     if "wandb" in config.reporting.trackers:
-        run_config = dataclasses.asdict(config)
-        members.append(WeightsAndBiases(config.reporting, output_dir, start_step, run_config))
+        members.append(WeightsAndBiases(config.reporting, output_dir, start_step, shareable(config)))
     if "tensorboard" in config.reporting.trackers:
         members.append(TensorBoard(output_dir / "runs", start_step))
     members.append(JsonLines(output_dir / "metrics.jsonl", start_step))

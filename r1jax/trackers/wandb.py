@@ -14,7 +14,9 @@ class WeightsAndBiases:
     """One W&B run for all starts of the run.
 
     W&B keeps the first row that it gets for a step, so what was logged after the checkpoint stays as it was and the
-    resumed run's rows for those steps are dropped there (not in metrics.jsonl).
+    resumed run's rows for those steps are dropped there (not in metrics.jsonl). A resumed run repeats these steps bit
+    for bit, so the rows say the same but for timings. W&B's own rewind (`resume_from`) is not used: it is a preview,
+    self-managed servers lack it, and what a server makes of a synced offline run that rewinds could not be tried.
     """
 
     def __init__(self, config: ReportingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints, locate
 from r1jax.config.errors import need
 from r1jax.config.run import RunSettings
+from r1jax.training.agreement import first_says
+from r1jax.training.publish import STAGING
 from r1jax.training.state import StateLayout, TrainState
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # What a run that was killed before its first checkpoint leaves behind.
 _UNFINISHED = {
     *("config.yaml", "metrics.jsonl", "metrics.jsonl.tmp", "runs", "wandb", "wandb_run_id"),
-    *(FOLDER, ".export-incomplete"),
+    *(FOLDER, ".export-incomplete", STAGING),
 }
 
 
@@ -59,8 +59,8 @@ def find_start(settings: RunSettings, own: Checkpoints) -> Start | None:
         step, damaged = source.newest_whole()
         step = _agreed(step)
     if step is None:
-        if damaged:
-            got = "; ".join(damaged)
+        if source.all_steps():
+            got = "; ".join(damaged) or "none"
             advice = (
                 "bring one back from a copy, or start afresh: resume_from_checkpoint false, overwrite_output_dir true"
             )
@@ -93,11 +93,15 @@ def check_start(start: Start, layout: StateLayout, plan: str, beside: Mapping[st
     start.checkpoints.check_leaves(start.step, {**layout.abstract.as_dict(), **(beside or {})})
 
 
+def goes_on(settings: RunSettings, own: Checkpoints) -> bool:
+    """Whether the run continues an earlier one, as far as can be told before `find_start` changes anything."""
+    wish = settings.resume_from_checkpoint
+    return wish is not False and (isinstance(wish, str) or bool(own.all_steps()))
+
+
 def _agreed(step: int | None) -> int | None:
     """What the first process chose: should folders look different to others, they must not part."""
-    if jax.process_count() == 1:
-        return step
-    chosen = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    chosen = first_says(-1 if step is None else step)
     return None if chosen < 0 else chosen
 
 

@@ -1,5 +1,6 @@
 """What a run writes while it goes on, alike for every task: metrics, and checkpoints with what resuming needs."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -7,9 +8,12 @@ from typing import Any, Protocol
 from r1jax.checkpoints.orbax import Checkpoints
 from r1jax.config import RunConfig
 from r1jax.trackers.open import open_trackers
+from r1jax.training.best import BestSoFar, Final, choose
+from r1jax.training.publish import Publisher
 from r1jax.training.recorder import Recorder, Report
-from r1jax.training.source import Source
-from r1jax.training.state import TrainState
+from r1jax.training.resume import Start
+from r1jax.training.source import Source, export_model
+from r1jax.training.state import StateLayout, TrainState
 
 
 class StepPlan(Protocol):
@@ -45,31 +49,74 @@ def nothing_beside(done: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     return {}, {}
 
 
-def make_save(
-    config: RunConfig,
-    source: Source,
-    checkpoints: Checkpoints,
-    recorder: Recorder,
-    fingerprint: str,
-    beside: Beside = nothing_beside,
-) -> Callable[[int, TrainState], None]:
-    """save(updates done, state): begins a checkpoint; fingerprint is that of the plan, compared when it is resumed."""
+def best_so_far(config: RunConfig, start: Start | None, checkpoints: Checkpoints) -> BestSoFar | None:
+    """What follows the best checkpoint where load_best_model_at_end asks for it; it goes on where the run does."""
+    if not config.checkpoint.load_best_model_at_end:
+        return None
+    own = start is not None and start.checkpoints.directory == checkpoints.directory
+    best = BestSoFar(config.reporting, start.metadata.get("best") if start is not None and own else None)
+    checkpoints.keep_best(best.step)
+    return best
 
-    def save(done: int, now: TrainState) -> None:
-        trees, more = beside(done)
-        tree = {**now.as_dict(), **trees}
-        if config.checkpoint.save_only_model:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keeper:
+    """Keeps what a run makes: checkpoints on the way, the best of them, the model at the end, and the hub's copies."""
+
+    config: RunConfig
+    source: Source
+    layout: StateLayout
+    checkpoints: Checkpoints
+    recorder: Recorder
+    fingerprint: str
+    """Of the plan; compared when a checkpoint is resumed."""
+    best: BestSoFar | None
+    publisher: Publisher
+    beside: Beside = nothing_beside
+
+    def measured(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of an evaluation, which decide what is best."""
+        if self.best is not None:
+            self.best.measured(step, metrics)
+        return metrics
+
+    def save(self, done: int, state: TrainState) -> None:
+        """Begins a checkpoint after `done` updates."""
+        if counts := self.publisher.metrics():
+            self.recorder.trackers.log(done, counts)
+        trees, more = self.beside(done)
+        tree = {**state.as_dict(), **trees}
+        if self.config.checkpoint.save_only_model:
             tree = {"params": tree["params"]}
-        about = {
-            "hf_config": source.hf_config,
+        about = {**self._about(), **more}
+        if self.best is not None:
+            about["best"] = self.best.saving(done)
+            self.checkpoints.keep_best(self.best.step)
+        self.checkpoints.save(done, tree, about)
+        self.publisher.save(done, lambda folder: export_model(self.config, self.source, self._now(state, done), folder))
+
+    def finish(self, done: int, state: TrainState) -> None:
+        """Writes the model into output_dir as others read it: the last one, or the best."""
+        self.checkpoints.wait()
+        final = choose(self._now(state, done), state, self.best, self.checkpoints, self.layout)
+        export_model(self.config, self.source, final, Path(self.config.run.output_dir))
+        self.publisher.finish()
+        if counts := self.publisher.metrics():
+            self.recorder.trackers.log(done, counts)
+
+    def _now(self, state: TrainState, done: int) -> Final:
+        recorder = self.recorder
+        return Final(params=state.params, step=done, num_tokens=recorder.num_tokens, metrics=dict(recorder.last))
+
+    def _about(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "hf_config": self.source.hf_config,
             "model_name_or_path": config.model.model_name_or_path,
             "seed": config.run.seed,
-            "plan": fingerprint,
-            "num_tokens": recorder.num_tokens,
-            "recorder": recorder.progress(),
+            "plan": self.fingerprint,
+            "num_tokens": self.recorder.num_tokens,
+            "recorder": self.recorder.progress(),
             "save_only_model": config.checkpoint.save_only_model,
-            **more,
+            "torch_dtype": config.model.torch_dtype,
         }
-        checkpoints.save(done, tree, about)
-
-    return save

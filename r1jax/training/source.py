@@ -1,7 +1,9 @@
 """The model that a run starts from, and the one it leaves: both as Hugging Face has them."""
 
 import dataclasses
+import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +23,8 @@ from r1jax.data.formats import RowFormat
 from r1jax.data.templates import CHATML_END, CHATML_START, check_tokenizer, prepare_tokenizer, with_chatml
 from r1jax.models.config import DecoderConfig
 from r1jax.models.families import decoder_config
-from r1jax.training.recorder import Recorder
-from r1jax.training.state import StateLayout, TrainState, fresh_params
+from r1jax.training.best import Final
+from r1jax.training.state import StateLayout, fresh_params
 
 logger = logging.getLogger(__name__)
 
@@ -130,17 +132,30 @@ def first_params(config: RunConfig, source: Source, layout: StateLayout) -> Any:
 LIBRARIES = ("jax", "flax", "optax", "transformers")
 
 
-def export_model(config: RunConfig, source: Source, state: TrainState, recorder: Recorder, done: int) -> None:
-    """Writes the model into output_dir as Hugging Face reads it."""
+def model_files(source: Source) -> dict[str, bytes]:
+    """What an export has beside weights and config.json, by name: tokenizer and generation_config.json.
+
+    Each checkpoint carries them, so that it can be converted without the model that the run started from.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source.tokenizer.save_pretrained(folder)
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    settings = generation_config(read_generation_config(source.directory), source.hf_config, source.tokenizer)
+    return {**files, "generation_config.json": json.dumps(settings).encode()}
+
+
+def export_model(config: RunConfig, source: Source, final: Final, folder: Path) -> None:
+    """Writes the model into the folder as Hugging Face reads it."""
     keys = ("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm")
     card = Card(
         name=Path(config.run.output_dir).name,
         base_model=config.model.model_name_or_path,
         task=config.run.task,
-        steps=done,
-        tokens=recorder.num_tokens,
+        steps=final.step,
+        tokens=final.num_tokens,
         hyperparameters={key: getattr(config.optimizer, key) for key in keys},
-        metrics={name: recorder.last[name] for name in ("loss", "eval_loss") if name in recorder.last},
+        metrics={name: final.metrics[name] for name in ("loss", "eval_loss") if name in final.metrics},
         versions={
             "r1jax": r1jax.__version__,
             **{name: version(name) for name in ("jax", "flax", "optax", "transformers")},
@@ -148,10 +163,9 @@ def export_model(config: RunConfig, source: Source, state: TrainState, recorder:
     )
     if config.data.dataset_name:
         card["datasets"] = [config.data.dataset_name]
-    output_dir = Path(config.run.output_dir)
     dtype = export(
-        output_dir,
-        state.params,
+        folder,
+        final.params,
         config=source.decoder,
         hf_config=source.hf_config,
         tokenizer=source.tokenizer,
@@ -159,4 +173,4 @@ def export_model(config: RunConfig, source: Source, state: TrainState, recorder:
         dtype=config.model.torch_dtype,
         card=card,
     )
-    logger.info("model exported to %s (%s)", output_dir, dtype)
+    logger.info("model exported to %s (%s)", folder, dtype)

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from r1jax.checkpoints.integrity import CHECKED_BYTES, LIST, damage, seal
+from r1jax.checkpoints.integrity import LIST, damage, seal
+
+LARGE = (8 << 20) + 1
+"""Bytes: more than are read at once, twice."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Files as Orbax lays them out, one too long for a checksum, sealed."""
+    """Files as Orbax lays them out, one of several pieces, sealed."""
     (tmp_path / "state" / "d").mkdir(parents=True)
-    (tmp_path / "state" / "d" / "large").write_bytes(b"x" * (CHECKED_BYTES + 1))
+    (tmp_path / "state" / "d" / "large").write_bytes(b"x" * LARGE)
     (tmp_path / "state" / "_METADATA").write_text('{"a": 1}')
     (tmp_path / "_CHECKPOINT_METADATA").write_text("{}")
     seal(tmp_path)
@@ -36,7 +39,9 @@ def test_what_orbax_adds_at_the_commit_is_no_damage(folder: Path):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (_write("state/d/large", b"x"), f"state/d/large has 1 of {CHECKED_BYTES + 1} bytes"),
+        (_write("state/d/large", b"x"), f"state/d/large has 1 of {LARGE} bytes"),
+        (_write("state/d/large", b"x" * (LARGE - 1) + b"y"), "state/d/large is not what was written"),
+        (_write("state/d/large", b"y" + b"x" * (LARGE - 1)), "state/d/large is not what was written"),
         (_write("state/_METADATA", b""), "state/_METADATA has 0 of 8 bytes"),
         (_write("state/_METADATA", b'{"a": 2}'), "state/_METADATA is not what was written"),
         (lambda folder: (folder / "state/_METADATA").unlink(), "state/_METADATA is missing"),
@@ -50,3 +55,20 @@ def test_what_orbax_adds_at_the_commit_is_no_damage(folder: Path):
 def test_damage_is_named(folder: Path, harm: Callable[[Path], object], words: str):
     harm(folder)
     assert (damage(folder) or "").startswith(words)
+
+
+def test_lengths_alone_can_be_compared(folder: Path):
+    _write("state/_METADATA", b'{"a": 2}')(folder)
+    assert damage(folder, contents=False) is None
+    _write("state/_METADATA", b"")(folder)
+    assert damage(folder, contents=False) == "state/_METADATA has 0 of 8 bytes"
+
+
+def test_a_list_without_checksums_of_large_files_is_read(folder: Path):
+    """As versions before wrote it."""
+    listed = json.loads((folder / LIST).read_text())
+    listed["state/d/large"][1] = None
+    (folder / LIST).write_text(json.dumps(listed))
+    assert damage(folder) is None
+    _write("state/d/large", b"x")(folder)
+    assert damage(folder) == f"state/d/large has 1 of {LARGE} bytes"

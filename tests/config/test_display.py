@@ -43,7 +43,25 @@ def test_config_yaml_loads_to_the_same_configuration(keys, tmp_path):
     assert again.config == first.config
     assert config.to_yaml(again.config) == path.read_text(encoding="utf-8")
     assert again.ignored == ()
-    assert all(origin == f"file {path}" for origin in again.origins.values())
+    written = {name: origin for name, origin in again.origins.items() if not schema.keys()[name].secret}
+    assert all(origin == f"file {path}" for origin in written.values())
+
+
+def test_a_token_is_shown_nowhere(caplog):
+    token = "hf_abcdefghijklmnopqrstuvwxyz"
+    resolved = config.resolve(BASE | {"push_to_hub": True, "hub_token": token})
+    assert resolved.config.checkpoint.hub_token == token
+    lines = [line.split() for line in shown(resolved).splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["hub_token"]] == ["***"]
+    assert "hub_token" not in config.to_yaml(resolved.config)
+    assert token not in shown(resolved) + str(schema.shareable(resolved.config))
+    with caplog.at_level(logging.WARNING, logger="r1jax"):
+        config.warn_ignored(config.resolve(BASE | {"hub_token": token}))
+    assert "hub_token: nothing is pushed" in caplog.text and token not in caplog.text
+    for keys in ({"hub_tokn": token}, {"hub_token": [token]}, {"hub_token": {"a": token}}, {"seed": token}):
+        with pytest.raises(config.UserError) as refusal:
+            config.resolve(BASE | keys)
+        assert token not in str(refusal.value) and "***" in str(refusal.value)
 
 
 def test_config_yaml_has_no_environment(tmp_path):
@@ -70,7 +88,7 @@ def test_table_shows_every_key_once_with_value_and_origin():
 
 def test_table_cuts_nothing_and_reads_no_markup():
     long = "[bold]" + "0123456789" * 60
-    text = shown(config.resolve(BASE | {"system_prompt": long, "use_liger_kernel": True, "hub_model_id": "x"}))
+    text = shown(config.resolve(BASE | {"system_prompt": long, "use_liger_kernel": True, "benchmarks": "x"}))
     assert "\x1b" not in text
     start = text.index("system_prompt")
     folded = text[start : text.index("max_length")].removeprefix("system_prompt")
@@ -81,10 +99,10 @@ def test_table_cuts_nothing_and_reads_no_markup():
 
 def test_ignored_keys_are_reported_once(caplog):
     with caplog.at_level(logging.WARNING, logger="r1jax"):
-        config.warn_ignored(config.resolve(BASE | {"hub_model_id": "x"}))
+        config.warn_ignored(config.resolve(BASE | {"benchmarks": "x"}))
         config.warn_ignored(config.resolve(BASE))
     (record,) = caplog.records
-    assert "  hub_model_id: nothing is pushed" in record.getMessage()
+    assert "  benchmarks: no benchmarks are started" in record.getMessage()
 
 
 def test_help_names_every_key():

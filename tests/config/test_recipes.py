@@ -269,7 +269,8 @@ def test_sft_recipe_loads(load, name):
     assert run.optimizer.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     assert run.model.compute_dtype == "bfloat16"
     assert run.reporting.eval_strategy == "no"
-    assert {"attn_implementation", "use_liger_kernel", "push_to_hub", "hub_model_id"} <= dict(resolved.ignored).keys()
+    assert {"attn_implementation", "use_liger_kernel"} <= dict(resolved.ignored).keys()
+    assert run.checkpoint.push_to_hub and run.checkpoint.hub_model_id
 
 
 @pytest.mark.parametrize("name", GRPO)
@@ -293,6 +294,7 @@ def test_recipe_values_arrive(load):
     assert run.rewards.reward_weights == (1.0, 0.1)
     assert run.checkpoint.save_steps == 0.05
     assert run.code_rewards.code_eval_test_batch_size == -1
+    assert (run.checkpoint.callbacks, run.checkpoint.hub_model_revision) == (("push_to_hub_revision",), "v01.00")
 
 
 def test_every_key_of_every_recipe_is_known(load):

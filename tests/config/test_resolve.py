@@ -64,6 +64,9 @@ def test_values_that_follow_from_others():
     assert {resolved.origins[key] for key in ("do_eval", "eval_steps", "eval_packing")} == {"inferred"}
     assert config.resolve(BASE | {"packing": True, "eval_packing": False}).config.reporting.eval_packing is False
     assert config.resolve(BASE | {"use_vllm": True}).config.vllm.rollout_engine == "vllm"
+    published = config.resolve(BASE | {"output_dir": "runs/one", "callbacks": "push_to_hub_revision"})
+    assert (published.config.checkpoint.hub_model_id, published.origins["hub_model_id"]) == ("one", "inferred")
+    assert config.resolve(BASE | {"output_dir": "runs/one"}).config.checkpoint.hub_model_id is None
 
 
 def test_overruled_keys_are_reported():
@@ -77,6 +80,14 @@ def test_overruled_keys_are_reported():
         ("wandb_project", "report_to does not have wandb"),
         ("warmup_ratio", "warmup_steps is positive and decides the warm-up"),
     )
+    hub = {"hub_model_id": "a/b", "overwrite_hub_revision": True, "greater_is_better": True}
+    assert config.resolve(BASE | hub).ignored == (
+        ("greater_is_better", "load_best_model_at_end is false"),
+        ("hub_model_id", "nothing is pushed: push_to_hub is false"),
+        ("overwrite_hub_revision", "push_to_hub_revision is false"),
+    )
+    hub = {"callbacks": ["push_to_hub_revision"], "hub_always_push": True, "hub_private_repo": True}
+    assert config.resolve(BASE | hub).ignored == (("hub_always_push", "push_to_hub is false"),)
     keys |= {"report_to": "all", "save_strategy": "steps", "gradient_checkpointing": True, "use_vllm": True}
     keys |= {"max_steps": -1, "warmup_steps": 0}
     assert config.resolve(BASE | keys).ignored == ()

@@ -110,6 +110,23 @@ REFUSALS = [
     ({"profile_steps": "5-3"}, "profile_steps: need a step, or first-last, got '5-3'; write 10-12 for three steps"),
     ({"seed": -1}, "seed: need 0 <= x < 2**32, got -1; choose a number in that range"),
     ({"seed": 2**32}, "seed: need 0 <= x < 2**32, got 4294967296; choose a number in that range"),
+    (
+        {"callbacks": ["early_stopping"]},
+        'callbacks: need a list of names, each one of push_to_hub_revision, got ["early_stopping"]; choose one of them',
+    ),
+    (
+        {"hub_model_id": "a/b/c"},
+        "hub_model_id: need a repository like org/name or name, got 'a/b/c'; write letters, digits, '-', '_', '.'",
+    ),
+    (
+        {"hub_model_revision": "a..b"},
+        "hub_model_revision: need the name of a branch, got 'a..b'; name one like main",
+    ),
+    ({"hub_timeout": 0.0}, "hub_timeout: need x > 0, got 0; give a number of seconds"),
+    (
+        {"save_strategy": "best"},
+        "save_strategy: need one of no, steps, epoch, got 'best'; choose one of them",
+    ),
     ({"output_dir": " "}, "output_dir: need a folder name, got ' '; name a folder"),
     (
         {"resume_from_checkpoint": ""},
