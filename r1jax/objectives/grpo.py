@@ -93,7 +93,7 @@ def make_policy_loss(statistics: Statistics, surrogate: Surrogate) -> Loss:
         per_token = clipped_surrogate(ratio, advantages, *bounds, surrogate.delta)
         sums = _sums(mask, entropy, is_clipped(ratio, advantages, *bounds), old, batch)
         if surrogate.beta:
-            divergence = jnp.where(batch.loss_mask == 1, k3_divergence(batch.ref_logprobs - logprobs), 0.0)
+            divergence = jnp.where(batch.loss_mask == 1, k3_divergence(jnp.asarray(batch.ref_logprobs) - logprobs), 0.0)
             per_token = per_token + surrogate.beta * divergence
             sums["kl"] = jnp.sum(mask * divergence)
         return jnp.sum(batch.loss_weight * per_token), sums
@@ -110,7 +110,7 @@ def _sums(
 ) -> dict[str, Array]:
     low, high = (jnp.sum(mask * part.astype(jnp.float32)) for part in clipped)
     tokens = jnp.sum(mask)
-    difference = jnp.where(batch.loss_mask == 1, jax.lax.stop_gradient(old) - batch.sampler_logprobs, 0.0)
+    difference = jnp.where(batch.loss_mask == 1, jax.lax.stop_gradient(old) - jnp.asarray(batch.sampler_logprobs), 0.0)
     any_token = jnp.maximum(tokens, 1.0)
     return {
         "loss_tokens": tokens,

@@ -95,7 +95,7 @@ def _quickstart(argv: list[str]) -> int:
     )
     # A wrong key must not wait for the training to be found.
     stages: tuple[Stage, ...] = ("sft", "grpo")
-    dry = [stage for stage in stages if config.load(plan.train_options(stage)).dry_run]
+    dry: list[Stage] = [stage for stage in stages if config.load(plan.train_options(stage)).dry_run]
     if dry:
         return max(train.main(plan.train_options(stage)) for stage in dry)
     if not os.environ.get("JAX_PLATFORMS"):
