@@ -29,12 +29,12 @@ from r1jax.quickstart.measure import NUM_SAMPLES, Measurement, measure
 from r1jax.quickstart.problems import held_out_problems, write_examples, write_tasks
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
-NUM_EXAMPLES = 48_000
+NUM_EXAMPLES = 24_000
 """Answers to imitate: one epoch of the recipe."""
-NUM_TASKS = 12_000
+NUM_TASKS = 2_400
 """Questions to practise on."""
 MAX_PROBLEMS = 1_000
-"""About 1,500 problems are held out."""
+"""About 3,000 problems are held out."""
 
 Stage = Literal["sft", "grpo"]
 
