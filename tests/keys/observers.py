@@ -109,12 +109,10 @@ def run(keys: Mapping[str, Any]) -> Any:
     metrics = [{key: value for key, value in row.items() if not any(t in key for t in timed)} for row in rows]
     levels = sorted(set(re.findall(r"\b(INFO|WARNING|DEBUG)\b", said.getvalue())))
     dtype = json.loads((out / "config.json").read_text()).get("torch_dtype")
-    saved = sorted(
-        {word for path in out.rglob("state/_METADATA") for word in ("params", "nu") if word in path.read_text()}
-    )
+    moments = ['"optimizer"' in path.read_text() for path in out.rglob("state/_METADATA")]
     return {
         "code": code,
-        "saved": saved,
+        "moments": moments,
         "files": kept,
         "metrics": metrics,
         "levels": levels,
