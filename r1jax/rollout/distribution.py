@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from r1jax.rollout.settings import SamplingSettings
 
@@ -74,10 +74,10 @@ def amounts(settings: SamplingSettings) -> Amounts:
 
 
 def sample_keys(
-    seed: int | Int[Array, ""],
+    seed: int | UInt[Array, ""],
     prompt_ids: Int[Array, " B"],
     samples: Int[Array, " B"],
-    step: Int[Array, ""] | None = None,
+    step: UInt[Array, ""] | None = None,
 ) -> Key[Array, " B"]:
     """One key a row, that of sample number `samples` of prompt `prompt_ids` at a step, wherever the row stands.
 
@@ -170,6 +170,6 @@ def nucleus_logits(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Floa
 
 
 def min_p_logits(logits: Float[Array, "B V"], min_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """The logits of tokens with at least min_p of the likeliest one's probability, -inf elsewhere (Nguyen et al. 2024)."""
+    """The logits of tokens at least min_p times as likely as the likeliest, -inf elsewhere (Nguyen et al. 2024)."""
     lowest = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
     return jnp.where(logits < lowest, -jnp.inf, logits)

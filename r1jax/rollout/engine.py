@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ CACHE_SHARE = 0.25
 FEWEST_SLOTS = 16
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Draws completions with the weights that it was given last."""
 
@@ -124,7 +125,7 @@ class EmbeddedEngine:
         return slots * max(FEWEST_SLOTS, int(budget // slot))
 
 
-def _memory_bytes(device: jax.Device) -> int:
+def _memory_bytes(device: Any) -> int:
     """The device's memory; for a CPU device its part of the machine's."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()

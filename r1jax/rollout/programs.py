@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from r1jax.batch import Leaf
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import Cache, DecodeParams, decode, grown, init_cache, prefill
 from r1jax.rollout.distribution import Amounts, Switches, reshapes, sample, sample_keys
@@ -48,15 +49,16 @@ class Slots:
 class Prompts:
     """The prompts of a batch, P of them; the first B / P rows are samples of the first, and so on."""
 
-    tokens: Int[Array, "P T"]
-    lengths: Int[Array, " P"]
-    """Tokens of each prompt."""
-    ids: Int[Array, " B"]
-    """Name of each row's prompt, for the random numbers."""
-    samples: Int[Array, " B"]
-    """Number of each row's sample."""
-    used: Bool[Array, " B"]
-    """0 on the padding of the batch."""
+    tokens: Leaf
+    """[P, T] int32, padded behind."""
+    lengths: Leaf
+    """[P] int32: tokens of each prompt."""
+    ids: Leaf
+    """[B] int32: name of each row's prompt, for the random numbers."""
+    samples: Leaf
+    """[B] int32: number of each row's sample."""
+    used: Leaf
+    """[B] bool: False on the padding of the batch."""
 
 
 @jax.tree_util.register_dataclass
@@ -65,11 +67,14 @@ class Request:
     """What may change from call to call without compiling anything."""
 
     amounts: Amounts
-    max_new_tokens: Int[Array, ""]
-    stop_ids: Int[Array, " num_stop"]
-    """-1 where there are fewer."""
-    seed: Int[Array, ""]
-    step: Int[Array, ""] | None
+    max_new_tokens: Leaf
+    """int32"""
+    stop_ids: Leaf
+    """int32 vector, -1 where there are fewer."""
+    seed: Leaf
+    """uint32"""
+    step: Leaf | None
+    """uint32; None outside of training."""
 
 
 class Kind(NamedTuple):
@@ -181,13 +186,14 @@ def _occurring(prompts: Prompts, vocab_size: int) -> Bool[Array, "P V"]:
 
 
 def _placed(tree: Any, kind: Kind) -> Any:
-    """The arrays pinned to the mesh: rows over slots, and the heads of a cache over tensor where they are in training."""
-    if kind.mesh is None:
+    """The arrays pinned to the mesh: rows over slots, a cache's heads over tensor as in training."""
+    mesh = kind.mesh
+    if mesh is None:
         return tree
-    split = kind.config.num_kv_heads % kind.mesh.shape["tensor"] == 0
+    split = kind.config.num_kv_heads % mesh.shape["tensor"] == 0
 
     def pin(leaf: Array) -> Array:
         spec = PartitionSpec("slots", "tensor") if leaf.ndim == 4 and split else PartitionSpec("slots")
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(kind.mesh, spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(pin, tree)

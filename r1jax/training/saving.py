@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from r1jax.checkpoints.orbax import Checkpoints
 from r1jax.config import RunConfig
@@ -12,6 +12,7 @@ from r1jax.training.source import Source
 from r1jax.training.state import TrainState
 
 
+@runtime_checkable
 class StepPlan(Protocol):
     """The length of a run, and what tells it from others."""
 
