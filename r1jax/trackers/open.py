@@ -1,14 +1,16 @@
 """Opens what `report_to` asks for, on the first process only."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from r1jax.config.schema import RunConfig
 from r1jax.trackers.jsonl import JsonLines
 from r1jax.trackers.tensorboard import TensorBoard
-from r1jax.trackers.tracker import Metrics, Tracker
+from r1jax.trackers.tracker import Metrics, TableTracker, Tracker
 from r1jax.trackers.wandb import WeightsAndBiases
 
 
@@ -22,6 +24,12 @@ class Trackers:
         """Sends one step's numbers to each."""
         for member in self.members:
             member.log(step, metrics)
+
+    def log_table(self, step: int, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Sends a table to those that show tables."""
+        for member in self.members:
+            if isinstance(member, TableTracker):
+                member.log_table(step, name, columns)
 
     def close(self) -> None:
         """Closes each."""

@@ -118,6 +118,7 @@ def first_params(config: RunConfig, source: Source, layout: StateLayout) -> Any:
     )
 
 
+_RESULTS = ("loss", "eval_loss", "reward", "eval_reward")
 LIBRARIES = ("jax", "flax", "optax", "transformers")
 
 
@@ -131,7 +132,7 @@ def export_model(config: RunConfig, source: Source, state: TrainState, recorder:
         steps=done,
         tokens=recorder.num_tokens,
         hyperparameters={key: getattr(config.optimizer, key) for key in keys},
-        metrics={name: recorder.last[name] for name in ("loss", "eval_loss") if name in recorder.last},
+        metrics={name: recorder.last[name] for name in _RESULTS if name in recorder.last},
         versions={
             "r1jax": r1jax.__version__,
             **{name: version(name) for name in ("jax", "flax", "optax", "transformers")},
