@@ -102,7 +102,7 @@ def test_completions_say_what_the_metrics_say(ran: Path, steps: list[dict[str, f
         # A completion that ended has a stop token behind its words; <pad> may be drawn too and is no word.
         ended = ~np.array(found["truncated"])
         extra = np.array(found["completion_tokens"]) - [len(one) for one in words] - ended
-        assert (extra >= 0).all() and extra.mean() < 0.5
+        assert (extra >= 0).all() and (extra == 0).mean() >= 0.5
         assert row["completions/clipped_ratio"] == pytest.approx(1 - ended.mean())
         assert row["completions/mean_length"] == pytest.approx(np.mean(found["completion_tokens"]))
     total = sum(
@@ -129,7 +129,7 @@ def test_the_policy_loads_in_transformers_and_ends_at_both_stop_tokens(ran: Path
         logits = model(torch.tensor([tokenizer("w1 w2")["input_ids"]])).logits
     assert logits.shape == (1, 2, 32) and bool(torch.isfinite(logits).all())
     card = (ran / "README.md").read_text()
-    assert "GRPO" in card and "| reward |" in card and "| eval_reward |" in card
+    assert "GRPO" in card and "| `reward` |" in card and "| `eval_reward` |" in card
 
 
 def test_the_config_reloads_as_what_was_run(ran: Path, world: Path) -> None:

@@ -92,7 +92,7 @@ def opened_world(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def write_model(folder: Path, **changes: Any) -> None:
+def write_model(folder: Path) -> None:
     """config.json and tokenizer, no weights; two tokens end a completion."""
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -101,7 +101,7 @@ def write_model(folder: Path, **changes: Any) -> None:
     Qwen3Config(
         vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, eos_token_id=[1, 2], pad_token_id=0, tie_word_embeddings=True,
-        max_position_embeddings=64, initializer_range=0.2, **changes,
+        max_position_embeddings=64, initializer_range=0.2,
     ).save_pretrained(folder)  # fmt: skip
 
 
