@@ -24,7 +24,7 @@ from r1jax.data.splits import load_split
 from r1jax.experience import storage
 from r1jax.experience.batches import Geometry, make_geometry
 from r1jax.experience.collect import Collector
-from r1jax.experience.generations import Generations, Packer, Weigh
+from r1jax.experience.generations import Generations, Observe, Packer, Weigh
 from r1jax.experience.observer import Observer
 from r1jax.experience.plan import GenerationPlan, make_generation_plan
 from r1jax.experience.report import experience_metrics
@@ -49,7 +49,7 @@ from r1jax.training.resume import Start, find_start, goes_on, restore_beside
 from r1jax.training.saving import Keeper, best_so_far, open_recorder
 from r1jax.training.source import Source, first_params, model_files, read_source
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
-from r1jax.training.step import make_score_step, make_train_step
+from r1jax.training.step import ScoreStep, TrainStep, make_score_step, make_train_step
 
 EVALUATION = 2**30
 """Added to the step of evaluation's random numbers: it draws others than training."""
@@ -227,36 +227,23 @@ def train_policy(
 ) -> tuple[TrainState, int]:
     """(the final state, updates done)."""
     plan, output_dir = task.plan, Path(config.run.output_dir)
-    statistics = make_statistics(
-        source.decoder,
-        temperature=config.sampling.temperature,
-        dtype=config.model.compute_dtype,
-        remat=remat_of(config),
-        chunk=config.model.loss_chunk_size,
-        constrain=make_constrain(layout.mesh, layout.specs),
-        mesh=layout.mesh,
-    )
-    loss = make_policy_loss(statistics, make_surrogate(config))
-    step = make_train_step(
-        loss, config.optimizer, make_schedule(config.optimizer, plan.num_steps), layout, skip_empty=True
-    )
+    step, score = make_steps(config, source, layout, plan.num_steps)
     cadence = make_cadence(config, plan.num_steps, plan.num_steps_per_epoch)
-    observer = Observer(config, output_dir, collector, task.train, cadence.logs, start_step=int(state.step))
-    generations = Generations(
-        plan=plan,
-        prompts=task.train,
-        collector=collector,
-        packer=Packer(
-            geometry=task.geometry,
-            sharding=layout.batch,
-            weigh=make_weigh(config),
-            masks_truncated=config.grpo.mask_truncated_completions,
-        ),
-        score=make_score_step(make_scorer(statistics), layout),
-        reference=None if reference is None else lambda: reference.params,
-        observe=observer.observe,
-        kept=kept,
+
+    def shows(first: int) -> bool:
+        """Whether a step of the generation that begins with step `first` is logged."""
+        return any(map(cadence.logs, range(first, first + plan.steps_per_generation)))
+
+    observer = Observer(
+        config,
+        output_dir,
+        collector,
+        task.train,
+        shows,
+        start_step=int(state.step),
+        log_table=keeper.recorder.trackers.log_table,
     )
+    generations = make_generations(config, layout, task, collector, score, reference, observer.observe, kept)
 
     def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
         for index in range(int(state.step), plan.num_steps):
@@ -291,6 +278,51 @@ def train_policy(
             evaluate=measure if task.held_out is not None else None,
             save=dataclasses.replace(keeper, beside=beside).save,
         ),
+    )
+
+
+def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps: int) -> tuple[TrainStep, ScoreStep]:
+    """(the update, what scores a batch by given parameters), both jitted."""
+    statistics = make_statistics(
+        source.decoder,
+        temperature=config.sampling.temperature,
+        dtype=config.model.compute_dtype,
+        remat=remat_of(config),
+        chunk=config.model.loss_chunk_size,
+        constrain=make_constrain(layout.mesh, layout.specs),
+        mesh=layout.mesh,
+    )
+    loss = make_policy_loss(statistics, make_surrogate(config))
+    schedule = make_schedule(config.optimizer, num_steps)
+    step = make_train_step(loss, config.optimizer, schedule, layout, skip_empty=True)
+    return step, make_score_step(make_scorer(statistics), layout)
+
+
+def make_generations(
+    config: RunConfig,
+    layout: StateLayout,
+    task: Task,
+    collector: Collector,
+    score: ScoreStep,
+    reference: Reference | None,
+    observe: Observe,
+    kept: dict[int, Any],
+) -> Generations:
+    """What gives each step its batch. kept: batches that a checkpoint had, by their step."""
+    return Generations(
+        plan=task.plan,
+        prompts=task.train,
+        collector=collector,
+        packer=Packer(
+            geometry=task.geometry,
+            sharding=layout.batch,
+            weigh=make_weigh(config),
+            masks_truncated=config.grpo.mask_truncated_completions,
+        ),
+        score=score,
+        reference=None if reference is None else lambda: reference.params,
+        observe=observe,
+        kept=kept,
     )
 
 

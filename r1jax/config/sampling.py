@@ -44,13 +44,13 @@ class SamplingConfig:
     """Permute prompts each epoch."""
 
     log_completions: bool = False
-    """Show a table of prompts, completions and rewards at each logged step."""
+    """Write each generation batch to output_dir/completions, and show its table when one of its steps is logged."""
 
     num_completions_to_print: int = 0
     """Rows of that table; 0 means all."""
 
     wandb_log_unique_prompts: bool = True
-    """Send each prompt once a step to W&B instead of once a completion."""
+    """With log_completions: the table in W&B has the first completion of each prompt, not all."""
 
     def __post_init__(self) -> None:
         groups = "advantages compare completions of one prompt"

@@ -66,9 +66,9 @@ class Prompts:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]].tolist()
 
     def columns(self, indices: Sequence[int]) -> dict[str, list[Any]]:
-        """The other columns at these rows: what rewards are given. `messages` is left out, as in open-r1."""
+        """What rewards are given of these rows: all but `messages` and `prompt`, as in open-r1."""
         chosen = self.rows.select(list(indices))
-        names = [name for name in self.rows.column_names if name not in (self.column, "messages", "prompt")]
+        names = [name for name in self.rows.column_names if name not in ("messages", "prompt")]
         return {name: chosen[name][:] for name in names}
 
     def asked(self, indices: Sequence[int]) -> list[Any]:

@@ -17,6 +17,7 @@ class Alarms:
     def __init__(self, reward_names: tuple[str, ...], prefill: str) -> None:
         self._reward_names, self._prefill = reward_names, prefill
         self._streaks: dict[str, int] = {}
+        self._said: set[str] = set()
 
     def watch(self, metrics: Mapping[str, float]) -> list[str]:
         """The warnings that are due now, which are also logged."""
@@ -58,5 +59,9 @@ class Alarms:
         return f"rewards/{name} is {value:g} for every completion: it teaches nothing{hint}"
 
     def _goes_on(self, name: str) -> bool:
+        """Whether this is so for PATIENCE times now, and has not been said before."""
         self._streaks[name] = self._streaks.get(name, 0) + 1
-        return self._streaks[name] == PATIENCE
+        if self._streaks[name] < PATIENCE or name in self._said:
+            return False
+        self._said.add(name)
+        return True

@@ -35,6 +35,12 @@ def completion_rows(experience: Experience, step: int, prompts: list[str], texts
     }
 
 
+def of_unique_prompts(rows: Rows) -> Rows:
+    """The rows with the first completion of each prompt, as TRL sends them to W&B."""
+    first = sorted({prompt: at for at, prompt in reversed(list(enumerate(rows["prompt"])))}.values())
+    return {name: [column[at] for at in first] for name, column in rows.items()}
+
+
 def write_completions(folder: Path, step: int, rows: Rows) -> None:
     """Writes completions_STEP.parquet, complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)

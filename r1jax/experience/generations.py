@@ -23,6 +23,9 @@ Weigh = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Score = Callable[[Params, PackedBatch], jax.Array]
 """(parameters, batch) -> log-probability of every token."""
 
+Observe = Callable[[int, Experience, Mapping[str, float]], None]
+"""(updates done, the experience that the next update begins with, its metrics) -> nothing."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packer:
@@ -80,8 +83,8 @@ class Generations:
     score: Score
     reference: Callable[[], Params] | None
     """Gives the parameters of the reference; None without a KL term."""
-    observe: Callable[[int, Experience, Mapping[str, float]], None]
-    """Told of each new generation: (updates done, experience, its metrics)."""
+    observe: Observe
+    """Told of each new generation."""
     kept: dict[int, Ready] = dataclasses.field(default_factory=dict)
     """Batches by the step that uses them, from the present generation."""
 

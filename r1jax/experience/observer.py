@@ -13,8 +13,10 @@ from r1jax.experience.alarms import Alarms
 from r1jax.experience.collect import Collector, Experience
 from r1jax.experience.completions import (
     FOLDER,
+    Rows,
     completion_rows,
     discard_completions,
+    of_unique_prompts,
     print_completions,
     write_completions,
 )
@@ -29,13 +31,16 @@ class Observer:
         output_dir: Path,
         collector: Collector,
         prompts: Prompts,
-        logs: Callable[[int], bool],
+        shows: Callable[[int], bool],
         *,
         start_step: int,
+        log_table: Callable[[int, str, Rows], None],
     ) -> None:
-        """logs(step): whether that step is logged; completions of steps after start_step are removed."""
+        """shows(step): whether the completions that step begins with are shown, on the terminal and by log_table(step,
+        name, columns); completions of steps after start_step are removed."""
         self._sampling, self._folder = config.sampling, output_dir / FOLDER
-        self._collector, self._prompts, self._logs = collector, prompts, logs
+        self._collector, self._prompts, self._shows = collector, prompts, shows
+        self._log_table = log_table
         self._alarms = Alarms(collector.reward_names, prompts.prefill)
         self._speaks = jax.process_index() == 0
         if self._speaks:
@@ -52,8 +57,10 @@ class Observer:
             experience, done + 1, self._asked(experience), self._collector.texts(experience.rollouts)
         )
         write_completions(self._folder, done + 1, rows)
-        if self._logs(done + 1):
+        if self._shows(done + 1):
             print_completions(rows, self._sampling.num_completions_to_print)
+            sent = of_unique_prompts(rows) if self._sampling.wandb_log_unique_prompts else rows
+            self._log_table(done + 1, "completions", sent)
 
     def _asked(self, experience: Experience) -> list[str]:
         """Each completion's prompt as people read it."""

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -11,7 +13,7 @@ from r1jax.config.reporting import ReportingConfig
 from r1jax.config.schema import RunConfig, shareable
 from r1jax.trackers.jsonl import JsonLines
 from r1jax.trackers.tensorboard import TensorBoard
-from r1jax.trackers.tracker import Metrics, Tracker
+from r1jax.trackers.tracker import Metrics, TableTracker, Tracker
 from r1jax.trackers.wandb import WeightsAndBiases
 
 
@@ -25,6 +27,12 @@ class Trackers:
         """Sends one step's numbers to each."""
         for member in self.members:
             member.log(step, metrics)
+
+    def log_table(self, step: int, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Sends a table to those that show tables."""
+        for member in self.members:
+            if isinstance(member, TableTracker):
+                member.log_table(step, name, columns)
 
     def close(self) -> None:
         """Closes each."""

@@ -1,7 +1,7 @@
 """What the loop sees of a tracker, and how trackers with charts group metric names."""
 
-from collections.abc import Mapping
-from typing import Protocol, SupportsFloat, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 Metrics = Mapping[str, SupportsFloat]
 """Numbers of one step by name: Python's, numpy's or 0-d arrays; a value may be NaN."""
@@ -17,6 +17,15 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Delivers what is still on its way."""
+        ...
+
+
+@runtime_checkable
+class TableTracker(Tracker, Protocol):
+    """One that also shows tables."""
+
+    def log_table(self, step: int, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Sends a table of one optimizer step, before the numbers of later steps; columns are of one length."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class WeightsAndBiases:
 
         export_names(config)
         output_dir.mkdir(parents=True, exist_ok=True)
+        self._table = wandb.Table
         self._run = wandb.init(
             name=config.run_name or str(output_dir),
             dir=str(output_dir),
@@ -35,6 +36,10 @@ class WeightsAndBiases:
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log({chart_name(name): float(value) for name, value in metrics.items()}, step=step)
+
+    def log_table(self, step: int, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self._run.log({name: self._table(columns=list(columns), data=rows)}, step=step)
 
     def close(self) -> None:
         self._run.finish()

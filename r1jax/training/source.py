@@ -129,6 +129,7 @@ def first_params(config: RunConfig, source: Source, layout: StateLayout) -> Any:
     )
 
 
+_RESULTS = ("loss", "eval_loss", "reward", "eval_reward")
 LIBRARIES = ("jax", "flax", "optax", "transformers")
 
 
@@ -155,7 +156,7 @@ def export_model(config: RunConfig, source: Source, final: Final, folder: Path) 
         steps=final.step,
         tokens=final.num_tokens,
         hyperparameters={key: getattr(config.optimizer, key) for key in keys},
-        metrics={name: final.metrics[name] for name in ("loss", "eval_loss") if name in final.metrics},
+        metrics={name: final.metrics[name] for name in _RESULTS if name in final.metrics},
         versions={
             "r1jax": r1jax.__version__,
             **{name: version(name) for name in ("jax", "flax", "optax", "transformers")},

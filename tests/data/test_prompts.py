@@ -51,7 +51,7 @@ def test_another_column_and_messages_that_rewards_do_not_see(tokenizer):
     rows = [{"question": "1", "prompt": "not this", "messages": [{"role": "user", "content": "2"}], "solution": "2"}]
     prompts = read(tokenizer, rows, dataset_prompt_column="question")
     assert "1<|im_end|>" in text(tokenizer, prompts, 0)
-    assert prompts.columns([0]) == {"solution": ["2"]}
+    assert prompts.columns([0]) == {"question": ["1"], "solution": ["2"]}
 
 
 def test_what_the_template_opens_of_every_answer(tokenizer):

@@ -32,6 +32,13 @@ def test_what_goes_on_is_said_once(changes, words):
     assert words in warning
 
 
+def test_what_comes_back_is_not_said_again():
+    alarms = Alarms(("right", "format_reward"), "")
+    bad = FINE | {"completions/clipped_ratio": 1.0}
+    said = [w for given in ([bad] * PATIENCE + [FINE]) * 3 for w in alarms.watch(given)]
+    assert len(said) == 1
+
+
 def test_what_comes_and_goes_is_not_said():
     alarms = Alarms(("right", "format_reward"), "")
     bad = FINE | {"completions/clipped_ratio": 1.0}
