@@ -19,7 +19,7 @@ from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig, to_yaml
 from r1jax.config.errors import need
 from r1jax.config.folders import check_folder
-from r1jax.data.prompts import Prompts, longest_answerable, read_prompts
+from r1jax.data.prompts import Prompts, longest_answerable, read_prompts, with_solutions
 from r1jax.data.splits import load_split
 from r1jax.experience import storage
 from r1jax.experience.batches import Geometry, make_geometry
@@ -127,6 +127,7 @@ def read_task(config: RunConfig, source: Source, shards: int) -> Task:
     for which in ("train", "test") if evaluates else ("train",):
         rows = load_split(config.data, which, config.mixture)
         assert isinstance(rows, datasets.Dataset), "dataset_streaming is a key of sft"
+        rows = with_solutions(rows, config.rewards.dataset_solution_column)
         prompts[which] = read_prompts(rows, config.data, config.sampling, source.tokenizer)
         check_columns(rewards, rows.column_names)
     limits = (config.sampling.max_completion_length, source.decoder.max_position_embeddings)

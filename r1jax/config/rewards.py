@@ -40,6 +40,9 @@ class RewardsConfig:
     reward_weights: tuple[float, ...] | None = None
     """Weight of each of reward_funcs; null means 1 each."""
 
+    dataset_solution_column: str = "solution"
+    """Column with what a right answer says; rewards find it under the name solution."""
+
     cosine_min_value_wrong: float = 0.0
     """cosine, clamped_cosine: reward of a wrong answer at length 0."""
 
@@ -81,6 +84,8 @@ class RewardsConfig:
         repeated = sorted({name for name in self.reward_funcs if self.reward_funcs.count(name) > 1})
         # metrics are keyed by the reward's name
         require(not repeated, "reward_funcs", "each reward once", self.reward_funcs, f"remove one {shown(repeated)}")
+        column = self.dataset_solution_column
+        require(bool(column.strip()), "dataset_solution_column", "a name", column, "solution is the default")
         if self.reward_weights is not None:
             fits = len(self.reward_weights) == len(self.reward_funcs)
             rule = f"{len(self.reward_funcs)} numbers, one for each of reward_funcs"

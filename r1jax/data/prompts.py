@@ -22,6 +22,7 @@ from r1jax.data.rendering import prompt_text
 from r1jax.data.sources import require_columns
 from r1jax.data.templates import apply_template
 
+SOLUTION = "solution"
 _CHUNK_ROWS = 1000
 _OPENED = re.compile(r"(?:<[A-Za-z_]+>\s*)+$")
 """What a generation prompt has opened of the answer: tags such as <think>, but no special token (<|...|>)."""
@@ -122,6 +123,15 @@ def read_prompts(
         prefill=opened.pop(),
         num_cut=num_cut,
     )
+
+
+def with_solutions(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The rows with this column under the name that rewards know, `solution`; raises `UserError` where there is none."""
+    if column == SOLUTION:
+        return rows
+    require_columns(rows, [column], field="dataset_solution_column")
+    others = [name for name in rows.column_names if name != SOLUTION]
+    return rows.select_columns(others).rename_column(column, SOLUTION)
 
 
 def as_messages(value: Any, system_prompt: str | None) -> list[Message]:

@@ -4,7 +4,7 @@ import pytest
 from r1jax.config.data import DataConfig
 from r1jax.config.errors import UserError
 from r1jax.config.sampling import SamplingConfig
-from r1jax.data.prompts import longest_answerable, read_prompts
+from r1jax.data.prompts import longest_answerable, read_prompts, with_solutions
 
 SYSTEM = "system"
 
@@ -121,3 +121,11 @@ def test_the_longest_prompt_must_leave_room(tokenizer):
     assert longest_answerable(prompts, 20, None) == longest + 20
     with pytest.raises(UserError, match=rf"max_completion_length: .* got {longest} \(row 1\) \+ 21"):
         longest_answerable(prompts, 21, longest + 20)
+
+
+def test_solutions_under_another_name():
+    rows = datasets.Dataset.from_list([{"prompt": "1", "answer": "a", "solution": "not this"}])
+    assert with_solutions(rows, "answer").to_list() == [{"prompt": "1", "solution": "a"}]
+    assert with_solutions(rows, "solution") is rows
+    with pytest.raises(UserError, match="dataset_solution_column: need a column of the dataset, got gold"):
+        with_solutions(rows, "gold")
