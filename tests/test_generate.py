@@ -144,6 +144,27 @@ def test_batch_size_changes_no_sample_and_seed_does(model, prompts, tmp_path):
     assert [[one["token_ids"] for one in row["generations"]] for row in other] != tokens[0]
 
 
+def test_the_sampling_options_change_samples_and_are_kept_for_resuming(model, prompts, tmp_path, capsys):
+    plain = draw(model, prompts, tmp_path / "plain")
+    off = draw(model, prompts, tmp_path / "off", top_k=0, min_p=0, repetition_penalty=1)
+    assert off == plain
+    # One token is left to draw, so these are greedy whatever the seed.
+    greedy = draw(model, prompts, tmp_path / "greedy", num_generations=1, temperature=0)
+    for name, changes in {"k": {"top_k": 1}, "p": {"min_p": 1}}.items():
+        found = draw(model, prompts, tmp_path / name, num_generations=1, seed=5, **changes)
+        assert tokens_of(found) == tokens_of(greedy)
+        assert {logprob for row in found for one in row["generations"] for logprob in one["logprobs"]} == {0.0}
+    penalised = draw(model, prompts, tmp_path / "penalised", num_generations=1, temperature=0, repetition_penalty=1e6)
+    assert all(len(set(one["token_ids"])) == len(one["token_ids"]) for row in penalised for one in row["generations"])
+    capsys.readouterr()
+    assert generate.main(arguments(model, prompts, tmp_path / "plain", top_k=3)) == 2
+    assert_one_line(capsys, "top_k: need 0, with which")
+
+
+def tokens_of(rows):
+    return [[one["token_ids"] for one in row["generations"]] for row in rows]
+
+
 def test_bfloat16_runs_and_is_near(model, prompts, tmp_path):
     exact = draw(model, prompts, tmp_path / "exact", num_generations=1, temperature=0, max_new_tokens=1)
     near = draw(model, prompts, tmp_path / "near", num_generations=1, temperature=0, max_new_tokens=1, dtype="bfloat16")
@@ -158,6 +179,9 @@ def test_bfloat16_runs_and_is_near(model, prompts, tmp_path):
         ({"temperature": -1}, "temperature: need x >= 0, got -1;"),
         ({"top_p": 0}, "top_p: need 0 < x <= 1, got 0;"),
         ({"top_p": 1.5}, "top_p: need 0 < x <= 1, got 1.5;"),
+        ({"top_k": -2}, "top_k: need x >= 0, got -2;"),
+        ({"min_p": 2}, "min_p: need 0 <= x <= 1, got 2;"),
+        ({"repetition_penalty": 0}, "repetition_penalty: need x > 0, got 0;"),
         ({"num_generations": 0}, "num_generations: need x >= 1, got 0;"),
         ({"max_new_tokens": 0}, "max_new_tokens: need x >= 1, got 0;"),
         ({"max_new_tokens": 60}, "max_new_tokens: need prompt + max_new_tokens within the model's 64 positions"),

@@ -200,9 +200,9 @@ def compiled():
     """The names of programs as they are compiled, or fetched from the cache of compiled ones."""
     names: list[str] = []
 
-    def listen(event: str, duration: float, **details) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            names.append(str(details.get("fun_name")))
+            names.append(str(kwargs.get("fun_name")))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
