@@ -6,7 +6,8 @@ from r1jax.config.data import DataConfig
 from r1jax.config.model import ModelConfig
 from r1jax.config.reporting import ReportingConfig
 from r1jax.config.schema import RunConfig
-from r1jax.trackers import open_trackers
+from r1jax.trackers import Trackers, open_trackers
+from r1jax.trackers.jsonl import JsonLines
 
 
 def config_for(*report_to):
@@ -31,6 +32,28 @@ def test_tensorboard_stands_beside_metrics(tmp_path):
     trackers.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "runs"]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_tables_go_to_trackers_that_show_them(tmp_path):
+    class Tables:
+        def __init__(self):
+            self.shown = []
+
+        def log(self, step, metrics):
+            raise AssertionError("a table is no number")
+
+        def log_table(self, step, name, columns):
+            self.shown.append((step, name, columns))
+
+        def close(self):
+            pass
+
+    tables = Tables()
+    trackers = Trackers((JsonLines(tmp_path / "metrics.jsonl", 0), tables))
+    trackers.log_table(3, "completions", {"prompt": ["p"]})
+    trackers.members[0].close()
+    assert tables.shown == [(3, "completions", {"prompt": ["p"]})]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
