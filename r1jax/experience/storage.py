@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from r1jax.batch import PackedBatch
+from r1jax.config.errors import require
 from r1jax.experience.generations import Ready
+from r1jax.sharding.mesh import data_shards
 
 NAME = "experience"
 """Of the trees and of the metadata in a checkpoint."""
@@ -40,9 +42,18 @@ def stored(kept: Mapping[int, Ready]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def abstract(metadata: Mapping[str, Any], sharding: NamedSharding) -> dict[str, Any]:
-    """The trees that go with a checkpoint's metadata, as shapes on this run's devices."""
+    """The trees that go with a checkpoint's metadata, as shapes on this run's devices.
+
+    Raises `UserError` where these are too many for the rows that a batch has.
+    """
     if NAME not in metadata:
         return {}
+    shards = data_shards(sharding.mesh)
+    for batch in metadata[NAME]["batches"]:
+        rows = batch["shape"][1]
+        rule = f"a number of data shards that divides the {rows} rows of batches kept for the rest of a generation"
+        advice = "go on with as many devices as before until a checkpoint at the generation's end"
+        require(rows % shards == 0, "resume_from_checkpoint", rule, shards, advice)
     return {
         NAME: {
             str(at): {

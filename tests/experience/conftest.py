@@ -1,9 +1,13 @@
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from r1jax.batch import Rollout, Turn, VersionSpan
 from r1jax.experience.collect import Experience
 from r1jax.objectives.advantages import combine, group_advantages
+from tests.grpo.world import opened_world
 
 
 def make_rollout(prompt: int, completion: int, number: int = 0, finish: str = "stop", sample: int = 0) -> Rollout:
@@ -21,6 +25,13 @@ def make_rollout(prompt: int, completion: int, number: int = 0, finish: str = "s
         versions=(VersionSpan(prompt, length, 0),),
         turns=(Turn(prompt, length, finish),),  # type: ignore[arg-type]
     )
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a tiny model, prompts and rewards, see tests/grpo/world.py."""
+    with opened_world(tmp_path_factory.mktemp("experience")) as folder:
+        yield folder
 
 
 @pytest.fixture

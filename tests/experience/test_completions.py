@@ -1,7 +1,13 @@
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from r1jax.experience.completions import completion_rows, discard_completions, print_completions, write_completions
+from r1jax.experience.completions import (
+    completion_rows,
+    discard_completions,
+    of_unique_prompts,
+    print_completions,
+    write_completions,
+)
 
 PROMPTS, TEXTS = ["p", "p", "q", "q"], ["one", "two", "three", "four\x1b[31m"]
 
@@ -15,6 +21,12 @@ def test_a_file_a_generation(experience, tmp_path):
     assert rows["right"] == [1.0, 0.0, 1.0, 1.0] and rows["neat"] == [0.5, None, 0.0, 0.0]
     assert rows["advantage"] == experience.advantages.tolist()
     assert rows["completion_tokens"] == [3, 5, 4, 6] and rows["truncated"] == [False, False, False, True]
+
+
+def test_each_prompt_once(experience):
+    rows = of_unique_prompts(completion_rows(experience, 3, ["q", "p", "q", "p"], TEXTS))
+    assert rows["prompt"] == ["q", "p"] and rows["completion"] == ["one", "two"] and rows["right"] == [1.0, 0.0]
+    assert all(len(column) == 2 for column in rows.values())
 
 
 def test_a_resumed_run_drops_what_comes_after_its_checkpoint(experience, tmp_path):

@@ -9,7 +9,8 @@ from r1jax.config.errors import UserError
 from r1jax.config.model import ModelConfig
 from r1jax.config.reporting import ReportingConfig
 from r1jax.config.schema import RunConfig
-from r1jax.trackers import open_trackers
+from r1jax.trackers import Trackers, open_trackers
+from r1jax.trackers.jsonl import JsonLines
 from r1jax.trackers.open import check_trackers
 
 
@@ -43,6 +44,28 @@ def test_a_missing_package_is_the_users_to_mend(monkeypatch):
     check_trackers(ReportingConfig(report_to=("tensorboard",)))
     with pytest.raises(UserError, match=r"^report_to: need the wandb package .*; pip install 'r1jax\[wandb\]'"):
         check_trackers(ReportingConfig(report_to=("all",)))
+
+
+def test_tables_go_to_trackers_that_show_them(tmp_path):
+    class Tables:
+        def __init__(self):
+            self.shown = []
+
+        def log(self, step, metrics):
+            raise AssertionError("a table is no number")
+
+        def log_table(self, step, name, columns):
+            self.shown.append((step, name, columns))
+
+        def close(self):
+            pass
+
+    tables = Tables()
+    trackers = Trackers((JsonLines(tmp_path / "metrics.jsonl", 0), tables))
+    trackers.log_table(3, "completions", {"prompt": ["p"]})
+    trackers.members[0].close()
+    assert tables.shown == [(3, "completions", {"prompt": ["p"]})]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

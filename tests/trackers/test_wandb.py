@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from r1jax.config.reporting import ReportingConfig
 from r1jax.trackers.wandb import WeightsAndBiases
 tracker = WeightsAndBiases(ReportingConfig(report_to=("wandb",), run_name="trial"), pathlib.Path(sys.argv[1]), 0, {})
 tracker.log(1, {"loss": 0.5})
+tracker.log_table(2, "completions", {"prompt": ["one plus one", "two"], "right": [1.0, None]})
 tracker.close()
 """
 
@@ -47,3 +49,6 @@ def test_offline_a_run_is_written_to_the_output_dir(tmp_path, monkeypatch):
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = record.read_bytes()
     assert b"train/loss" in content and b"trial" in content
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/completions_*.json")
+    shown = json.loads(table.read_text())
+    assert shown["columns"] == ["prompt", "right"] and shown["data"] == [["one plus one", 1.0], ["two", None]]

@@ -15,7 +15,7 @@ from r1jax.optimizer import make_schedule
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import make_mesh
 from r1jax.training.state import TrainState, fresh_params, lay_out, start_state
-from r1jax.training.step import make_eval_step, make_gradients, make_train_step
+from r1jax.training.step import make_eval_step, make_gradients, make_score_step, make_train_step
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, lr_scheduler_type="constant", weight_decay=0.1)
 ONE = {"mesh_fsdp": 1}
@@ -152,3 +152,68 @@ def test_random_draws_are_of_seed_step_and_micro_batch(decoder, one, first, batc
     total, squares = drawn(1, 3)
     assert squares > 1.001 * total**2 / 2  # equal only if both micro-batches drew the same
     assert drawn(None, 3) == (0.0, 0.0)
+
+
+def padded(batch: PackedBatch, count: int) -> PackedBatch:
+    """The batch with micro-batches of padding behind it."""
+    return jax.tree.map(lambda leaf: np.concatenate([leaf, np.zeros((count, *leaf.shape[1:]), leaf.dtype)]), batch)
+
+
+def counting(plain):
+    """The loss with the extremes of what it counts, and how often it was computed."""
+
+    def loss(params, micro_batch):
+        value, sums = plain(params, micro_batch)
+        count, one = sums["loss_tokens"], jax.numpy.ones(())
+        return value, sums | {"tokens_min": count, "tokens_max": count, "negative_max": -count, "computed": one}
+
+    return loss
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_micro_batches_of_padding_are_skipped(one, first, batch, gradients, count):
+    """Any number of them gives the gradients, sums and extremes of the batch without; only two are computed."""
+    layout, loss = one
+    params = jax.device_put(first.params, layout.shardings.params)
+    compute = jax.jit(make_gradients(counting(loss), layout, skip_empty=True))
+    grads, value, sums = compute(params, padded(batch, count))
+    assert relative_error((grads, value), gradients[:2]) <= 1e-6
+    tokens = batch.loss_mask.sum(axis=(1, 2))
+    assert len(tokens) == 2 and tokens[0] != tokens[1]
+    assert float(sums["computed"]) == 2 and float(sums["loss_tokens"]) == tokens.sum()
+    assert (float(sums["tokens_min"]), float(sums["tokens_max"])) == (tokens.min(), tokens.max())
+    assert float(sums["negative_max"]) == -tokens.min()  # an extreme of negative numbers is not 0
+
+
+def test_without_skipping_padding_is_computed(one, first, batch):
+    layout, loss = one
+    params = jax.device_put(first.params, layout.shardings.params)
+    _, _, sums = jax.jit(make_gradients(counting(loss), layout))(params, padded(batch, 1))
+    assert float(sums["computed"]) == 3 and float(sums["tokens_min"]) == 0
+
+
+def test_a_step_of_nothing_but_padding_changes_nothing_but_the_decay(one, first, batch):
+    layout, loss = one
+    nothing = jax.tree.map(np.zeros_like, batch)
+    grads, value, sums = jax.jit(make_gradients(loss, layout, skip_empty=True))(
+        jax.device_put(first.params, layout.shardings.params), nothing
+    )
+    assert float(value) == float(sums["loss_tokens"]) == 0.0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_scores_are_those_of_each_micro_batch(laid_out, first, batch):
+    """On two devices, at the places of the batch; micro-batches of padding are not computed and give 0."""
+    layout, _ = laid_out({"mesh_fsdp": 2}, 3, OPTIMIZER)
+
+    def score(params, micro_batch):
+        scale = sum(jax.numpy.sum(leaf) for leaf in jax.tree.leaves(params))
+        return 1.0 + scale * micro_batch.tokens.astype(jax.numpy.float32)
+
+    params = jax.device_put(first.params, layout.shardings.params)
+    given = jax.device_put(padded(batch, 2), layout.batch)
+    found = make_score_step(score, layout)(params, given)
+    assert found.sharding.is_equivalent_to(layout.batch, 3) and found.dtype == np.float32
+    scale = sum(float(np.sum(leaf)) for leaf in jax.tree.leaves(first.params))
+    np.testing.assert_allclose(found[:2], 1.0 + scale * batch.tokens, rtol=1e-4, atol=1e-4)
+    assert not np.any(found[2:])
