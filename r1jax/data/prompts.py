@@ -126,7 +126,7 @@ def read_prompts(
 
 
 def with_solutions(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """The rows with this column under the name that rewards know, `solution`; raises `UserError` where there is none."""
+    """The rows with this column named `solution`, as rewards know it; raises `UserError` where there is none."""
     if column == SOLUTION:
         return rows
     require_columns(rows, [column], field="dataset_solution_column")
