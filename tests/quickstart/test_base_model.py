@@ -6,10 +6,10 @@ import transformers
 from r1jax.quickstart.base_model import END, make_tokenizer, write_base_model
 from r1jax.quickstart.problems import Problem, response
 
-PROBLEM = Problem((7, 8), (5, -9, 4))
+PROBLEM = Problem((7, 8, -5, 9))
 MESSAGES = [
     {"role": "user", "content": PROBLEM.question},
-    {"role": "assistant", "content": response(PROBLEM, worked=True)},
+    {"role": "assistant", "content": response(PROBLEM)},
 ]
 
 
