@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +125,7 @@ def processed(logits, ids, settings):
     config = transformers.GenerationConfig(do_sample=True, **{"top_k": 0, **settings})
     tiny = transformers.LlamaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     tiny.intermediate_size = 8
-    model = transformers.LlamaForCausalLM(tiny)
+    model: Any = transformers.LlamaForCausalLM(tiny)
     made = model._get_logits_processor(config, input_ids_seq_length=ids.shape[1], device="cpu")
     names = [type(one).__name__ for one in made]
     assert len(names) == len(settings), names
