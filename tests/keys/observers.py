@@ -1,4 +1,4 @@
-"""What a recipe does, seen at four places; a test of a key looks where the key is meant to show.
+"""What a recipe does, seen at six places; a test of a key looks where the key is meant to show.
 
 A recipe is a mapping of keys. Each observer goes through the functions that a run goes through, and its results are
 kept, so that keys share the recipe that they are compared with.
@@ -65,6 +65,11 @@ def batch(keys: Mapping[str, Any]) -> Any:
         digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(arrays))).hexdigest()
         seen.append((rows.plan.num_steps, arrays.tokens.shape, digest))
     return seen
+
+
+def reading(keys: Mapping[str, Any]) -> list[str]:
+    """How the rows of each split are read: from the datasets library's copy or as a stream."""
+    return [type(split.rows).__name__ for split in sft.load_splits(resolve(keys).config).values()]
 
 
 def program(keys: Mapping[str, Any]) -> str:

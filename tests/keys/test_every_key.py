@@ -15,7 +15,7 @@ import datasets.config
 import pytest
 
 from r1jax.config import schema
-from tests.keys.observers import Observer, batch, environment, program, rhythm, run
+from tests.keys.observers import Observer, batch, environment, program, reading, rhythm, run
 from tests.tiny import TEMPLATE, chats, sums, write_model, write_rows
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -42,6 +42,12 @@ MESSAGES = {"dataset_train_file": "{folder}/chats.jsonl"}
 MIXED = {"dataset_train_file": None, "datasets": [{"path": "{folder}/train.jsonl"}]}
 COSINE = {"lr_scheduler_type": "cosine"}
 SAVES = {"save_strategy": "steps", "save_steps": 1}
+# Steps far too long: the second save has the greatest loss, and stays beside the newest where it is chosen.
+WORSENS = SAVES | {
+    "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1, "dataset_test_file": "{folder}/test.jsonl",
+    "learning_rate": 1.0,
+}  # fmt: skip
+BEST = WORSENS | {"load_best_model_at_end": True}
 OTHER = TEMPLATE.replace("{{ m.role }}", "user")
 
 CASES: dict[str, Case] = {
@@ -63,6 +69,7 @@ CASES: dict[str, Case] = {
     # data
     "dataset_name": at(batch, "{folder}/data", before="{folder}/other", dataset_train_file=None),
     "dataset_config": at(batch, "second", before="first", dataset_train_file=None, dataset_name="{folder}/configs"),
+    "dataset_streaming": at(reading, True),
     "dataset_train_split": at(batch, "train[:50%]", **NAMED),
     "dataset_test_split": at(batch, "test[:50%]", **NAMED, do_eval=True),
     "dataset_train_file": at(batch, "{folder}/test.jsonl", before="{folder}/train.jsonl"),
@@ -113,12 +120,20 @@ CASES: dict[str, Case] = {
     "save_steps": at(rhythm, 0.25, save_strategy="steps"),
     "save_total_limit": at(run, 1, **SAVES),
     "save_only_model": at(run, True, **SAVES),
+    "load_best_model_at_end": at(run, True, greater_is_better=True, **WORSENS),
+    # hub: the tests are offline, so each push is counted as one that failed
+    "push_to_hub": at(run, True),
+    "hub_strategy": at(run, "end", push_to_hub=True, **SAVES),
+    "push_to_hub_revision": at(run, True),
+    "callbacks": at(run, ["push_to_hub_revision"], **SAVES),
     # reporting
     "do_eval": at(batch, True, dataset_test_file="{folder}/test.jsonl"),
     "eval_strategy": at(rhythm, "epoch", before="no", dataset_test_file="x.jsonl"),
     "eval_steps": at(rhythm, 3, eval_strategy="steps", dataset_test_file="x.jsonl"),
     "eval_on_start": at(run, True, **EVALUATES),
     "eval_packing": at(batch, False, **EVALUATES),
+    "metric_for_best_model": at(run, "mean_token_accuracy", greater_is_better=True, **BEST),
+    "greater_is_better": at(run, True, **BEST),
     "logging_strategy": at(rhythm, "epoch"),
     "logging_steps": at(rhythm, 3),
     "logging_first_step": at(rhythm, True),
@@ -129,6 +144,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 # Keys that show in no comparison of two runs: why, or the test in which they do.
+PUBLISH = "training/test_publish.py"
 ELSEWHERE: dict[str, str] = {
     "task": "which trainer runs: config/test_resolve.py::test_keys_of_the_other_task",
     "output_dir": "where a run writes: test_train.py::test_a_run_leaves_what_the_contract_names",
@@ -139,6 +155,13 @@ ELSEWHERE: dict[str, str] = {
     "mesh_fsdp": "the other axes leave it one value: sharding/test_mesh.py::test_axes_that_do_not_fit_the_devices",
     "mesh_context": "only 1 is accepted: config/test_schema.py::test_refused",
     "system_prompt": "GRPO's; not used by SFT, as in open-r1: config/test_recipes.py::test_grpo_recipe_loads",
+    "hub_timeout": f"needs a hub that hangs: {PUBLISH}::test_a_hub_that_fails_costs_warnings_and_nothing_else",
+    "hub_model_id": f"needs a hub: {PUBLISH}::test_a_branch_with_a_model_is_refused_before_anything_is_trained",
+    "hub_model_revision": f"needs a hub: {PUBLISH}::test_a_branch_with_a_model_is_refused_before_anything_is_trained",
+    "overwrite_hub_revision": f"the same: {PUBLISH}::test_a_branch_with_a_model_is_refused_before_anything_is_trained",
+    "hub_private_repo": f"needs a hub: {PUBLISH}::test_saves_and_branches_go_up_and_the_last_model_last",
+    "hub_token": f"needs a hub: {PUBLISH}::test_saves_and_branches_go_up_and_the_last_model_last",
+    "hub_always_push": f"needs a slow hub: {PUBLISH}::test_saves_and_branches_go_up_and_the_last_model_last",
     "dataset_num_proc": "changes the speed alone: data/test_tokenized.py::test_worker_processes_give_the_same_rows",
     "run_name": "what W&B shows: trackers/test_wandb.py::test_offline_a_run_is_written_to_the_output_dir",
 }
@@ -205,7 +228,7 @@ def test_changing_it_changes_something(key: str, folder: Path) -> None:
     assert look(case.observer, before) != look(case.observer, after)
 
 
-@pytest.mark.parametrize("observer", [batch, program, rhythm, environment, run])
+@pytest.mark.parametrize("observer", [batch, program, rhythm, environment, reading, run])
 def test_the_same_recipe_shows_the_same(observer: Observer, folder: Path) -> None:
     """Otherwise a difference would prove nothing."""
     text = json.dumps(recipe(folder), sort_keys=True)
