@@ -77,7 +77,9 @@ def test_the_last_question_of_a_conversation_is_readable(world, tmp_path, pieces
     """System prompts are the same for all and left out."""
     rows = pieces.task.train.rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
     talks = dataclasses.replace(pieces.task.train, rows=rows, conversational=True, system_prompt="be brief")
-    made, tables = observer(world, tmp_path, dataclasses.replace(pieces, task=dataclasses.replace(pieces.task, train=talks)))
+    made, tables = observer(
+        world, tmp_path, dataclasses.replace(pieces, task=dataclasses.replace(pieces.task, train=talks))
+    )
     made.observe(1, seen, experience_metrics(seen))
     assert tables[0][2]["prompt"] == [prompt(3), prompt(8)]
 

@@ -80,5 +80,7 @@ def test_positions_that_a_prompt_leaves_none_of(world: Path, capsys: pytest.Capt
     (world / "narrow" / "config.json").write_text(json.dumps(config))
     narrow = {"model_name_or_path": str(world / "narrow"), "max_completion_length": 7, "max_steps": 1}
     assert train.main(["--config", str(recipe(world, "refused", **narrow))]) == 2
-    assert_refused(world, "max_completion_length: need prompt + completion within the model's 10 positions, got", capsys)
+    assert_refused(
+        world, "max_completion_length: need prompt + completion within the model's 10 positions, got", capsys
+    )
     assert train.main(["--config", str(recipe(world, "fits", **narrow, max_prompt_length=3))]) == 0
