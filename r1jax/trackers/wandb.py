@@ -40,7 +40,7 @@ class WeightsAndBiases:
         self._run.log({chart_name(name): float(value) for name, value in metrics.items()}, step=step)
 
     def log_table(self, step: int, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        rows: list[Any] = [list(row) for row in zip(*columns.values(), strict=True)]
         self._run.log({name: self._table(columns=list(columns), data=rows)}, step=step)
 
     def close(self) -> None:

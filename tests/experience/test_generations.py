@@ -16,7 +16,12 @@ from r1jax.training.state import fresh_params, start_state
 from tests.grpo.world import Pieces, assembled, keys
 
 # Four slices of four completions, two a step, gone through twice: four steps on a generation.
-SEVERAL = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "num_iterations": 2, "max_steps": 12}
+SEVERAL: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "steps_per_generation": 4,
+    "num_iterations": 2,
+    "max_steps": 12,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,7 @@ def pieces(world) -> Iterator[Pieces]:
         yield found
 
 
-def make(pieces: Pieces, reference: Reference | None = None, **kept: Any) -> tuple[Generations, list[Experience]]:
+def make(pieces: Pieces, reference: Reference | None = None) -> tuple[Generations, list[Experience]]:
     """(generations, every experience that they have made so far)."""
     seen: list[Experience] = []
 
@@ -34,7 +39,7 @@ def make(pieces: Pieces, reference: Reference | None = None, **kept: Any) -> tup
         seen.append(experience)
 
     made = grpo.make_generations(
-        pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.score, reference, observe, dict(**kept)
+        pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.score, reference, observe, {}
     )
     return made, seen
 
@@ -76,7 +81,7 @@ def documents(batch: Any) -> list[tuple[tuple[int, ...], float, int]]:
 def test_each_completion_is_in_one_batch_with_its_advantage(first):
     ready, _, _, seen = first
     both = sorted(documents(ready[0].batch) + documents(ready[1].batch))
-    pairs = zip(seen[0].rollouts, np.float32(seen[0].advantages).tolist(), strict=True)
+    pairs = zip(seen[0].rollouts, seen[0].advantages.astype(np.float32).tolist(), strict=True)
     wanted = sorted((tuple(one.tokens.tolist()), advantage, one.num_actions) for one, advantage in pairs)
     assert both == wanted and any(advantage for _, advantage, _ in wanted)
     assert sorted(ready[0].lengths + ready[1].lengths) == sorted(len(tokens) for tokens, _, _ in wanted)

@@ -19,7 +19,11 @@ from r1jax.objectives.grpo import Surrogate
 from r1jax.training.state import start_state
 from tests.grpo.world import Pieces, assembled, keys
 
-SETTINGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_completion_length": 8}
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "max_completion_length": 8,
+}
 
 
 @pytest.fixture(scope="module")
