@@ -334,16 +334,6 @@ def test_an_eos_that_ends_no_turn_is_refused(
     assert not (world / "endless" / "config.yaml").exists()
 
 
-def test_grpo_recipes_are_checked_but_not_run(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = world / "grpo.yaml"
-    content = {"model_name_or_path": str(world / "model"), "dataset_name": "some/prompts", "num_generations": 8}
-    path.write_text(yaml.safe_dump(content))
-    assert train.main(["--config", str(path), "--dry_run"]) == 0
-    assert train.main(["--config", str(path)]) == 2
-    line = "task: need sft, got grpo; GRPO is not built yet; --dry_run checks its recipes"
-    assert capsys.readouterr().err.strip().splitlines()[-1] == line
-
-
 def test_a_finished_output_dir_is_not_trained_into_by_accident(
     world: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from r1jax.batch import PackedBatch
 from r1jax.config.errors import require
@@ -48,6 +48,7 @@ def abstract(metadata: Mapping[str, Any], sharding: NamedSharding) -> dict[str, 
     """
     if NAME not in metadata:
         return {}
+    assert isinstance(sharding.mesh, Mesh)
     shards = data_shards(sharding.mesh)
     for batch in metadata[NAME]["batches"]:
         rows = batch["shape"][1]

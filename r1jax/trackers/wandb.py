@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from r1jax.config.errors import need
 from r1jax.config.reporting import ReportingConfig
 from r1jax.trackers.tracker import Metrics, chart_name
 
@@ -14,15 +15,16 @@ class WeightsAndBiases:
     """One W&B run for all starts of the run.
 
     W&B keeps the first row that it gets for a step, so what was logged after the checkpoint stays as it was and the
-    resumed run's rows for those steps are dropped there (not in metrics.jsonl). A resumed run repeats these steps bit
-    for bit, so the rows say the same but for timings. W&B's own rewind (`resume_from`) is not used: it is a preview,
-    self-managed servers lack it, and what a server makes of a synced offline run that rewinds could not be tried.
+    resumed run's rows for those steps are dropped there (not in metrics.jsonl).
     """
 
     def __init__(self, config: ReportingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):
-        """The package must be there (`open.check_trackers`)."""
-        import wandb
-
+        """Raises UserError when the package is not installed."""
+        try:
+            import wandb
+        except ImportError as error:
+            advice = "pip install 'r1jax[wandb]', or leave wandb out of report_to"
+            raise need("report_to", "the wandb package for 'wandb'", "none installed", advice) from error
         export_names(config)
         output_dir.mkdir(parents=True, exist_ok=True)
         self._table = wandb.Table
@@ -38,7 +40,7 @@ class WeightsAndBiases:
         self._run.log({chart_name(name): float(value) for name, value in metrics.items()}, step=step)
 
     def log_table(self, step: int, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        rows: Any = [list(row) for row in zip(*columns.values(), strict=True)]
+        rows: list[Any] = [list(row) for row in zip(*columns.values(), strict=True)]
         self._run.log({name: self._table(columns=list(columns), data=rows)}, step=step)
 
     def close(self) -> None:

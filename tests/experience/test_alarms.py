@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from r1jax.experience.alarms import PATIENCE, Alarms
@@ -46,5 +48,6 @@ def test_what_comes_and_goes_is_not_said():
 
 
 def test_a_format_that_the_template_has_begun_is_named():
-    (warning,) = watch("<think>\n", **{"rewards/format_reward/std": 0.0, "rewards/format_reward/mean": 0.0})
+    constant: dict[str, Any] = {"rewards/format_reward/std": 0.0, "rewards/format_reward/mean": 0.0}
+    (warning,) = watch("<think>\n", **constant)
     assert "the chat template has written <think> already" in warning

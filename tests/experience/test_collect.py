@@ -34,7 +34,17 @@ def test_groups_stand_together_in_the_order_asked_for(pieces, found):
         assert one.tokens[:begin].tolist() == pieces.task.train.ids(one.prompt_id)
         assert one.action_mask[begin:].all() and one.versions[0].version == 3
         assert 1 <= one.num_actions <= 8 and one.truncated == (one.tokens[-1] not in (1, 2))
-    assert {1, 2} <= {int(one.tokens[-1]) for one in found.rollouts if not one.truncated} or found.rollouts
+
+
+def test_every_stop_token_ends_a_completion(pieces):
+    """<eos> and <stop> both do, as last token and nowhere else; neither counts as cut off."""
+    drawn = pieces.collector.collect(pieces.task.train, range(20), 4, step=0, log_of=ABOUT).rollouts
+    ends = {int(one.tokens[-1]) for one in drawn if not one.truncated}
+    assert ends == {1, 2}
+    for one in drawn:
+        written = one.tokens[one.action_mask == 1]
+        assert not set(written[:-1].tolist()) & {1, 2}
+        assert one.truncated == (written[-1] not in (1, 2)) and (len(written) == 8 or not one.truncated)
 
 
 def test_rewards_are_of_the_words_and_weighted(pieces, found):

@@ -16,7 +16,12 @@ from r1jax.training.state import fresh_params, start_state
 from tests.grpo.world import Pieces, assembled, keys
 
 # Four slices of four completions, two a step, gone through twice: four steps on a generation.
-SEVERAL = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "num_iterations": 2, "max_steps": 12}
+SEVERAL: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "steps_per_generation": 4,
+    "num_iterations": 2,
+    "max_steps": 12,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,7 @@ def pieces(world) -> Iterator[Pieces]:
         yield found
 
 
-def make(pieces: Pieces, reference: Reference | None = None, **kept: Any) -> tuple[Generations, list[Experience]]:
+def make(pieces: Pieces, reference: Reference | None = None) -> tuple[Generations, list[Experience]]:
     """(generations, every experience that they have made so far)."""
     seen: list[Experience] = []
 
@@ -34,7 +39,7 @@ def make(pieces: Pieces, reference: Reference | None = None, **kept: Any) -> tup
         seen.append(experience)
 
     made = grpo.make_generations(
-        pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.score, reference, observe, dict(**kept)
+        pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.score, reference, observe, {}
     )
     return made, seen
 
@@ -61,24 +66,25 @@ def test_metrics_come_with_the_first_step_of_a_generation(first):
     assert all(metrics[0][name] >= 0 for name in times)
 
 
-def trained(batch: Any) -> list[tuple[int, ...]]:
-    """The tokens of each completion that is in the batch, prompts and all."""
+def documents(batch: Any) -> list[tuple[tuple[int, ...], float, int]]:
+    """(tokens, advantage, trained tokens) of each completion in the batch."""
     found = []
-    for tokens, segments in zip(*(np.asarray(x).reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segment_ids)),
-                                strict=True):  # fmt: skip
-        found += [tuple(tokens[segments == one].tolist()) for one in range(1, segments.max() + 1)]
-    return found
+    leaves = (batch.tokens, batch.segment_ids, batch.loss_mask, batch.advantages)
+    for row in zip(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in leaves), strict=True):
+        for number in range(1, row[1].max() + 1):
+            tokens, _, mask, advantages = (values[row[1] == number] for values in row)
+            (advantage,) = set(advantages[mask == 1].tolist())
+            found.append((tuple(tokens.tolist()), advantage, int(mask.sum())))
+    return sorted(found)
 
 
 def test_each_completion_is_in_one_batch_with_its_advantage(first):
     ready, _, _, seen = first
-    both = [*trained(ready[0].batch), *trained(ready[1].batch)]
-    assert sorted(both) == sorted(tuple(one.tokens.tolist()) for one in seen[0].rollouts)
-    assert sorted(ready[0].lengths + ready[1].lengths) == sorted(len(one.tokens) for one in seen[0].rollouts)
-    total = sum(
-        float(np.sum(np.unique(np.asarray(one.batch.advantages).round(5), axis=None) != 0)) for one in ready[:2]
-    )
-    assert total > 0
+    both = sorted(documents(ready[0].batch) + documents(ready[1].batch))
+    pairs = zip(seen[0].rollouts, seen[0].advantages.astype(np.float32).tolist(), strict=True)
+    wanted = sorted((tuple(one.tokens.tolist()), advantage, one.num_actions) for one, advantage in pairs)
+    assert both == wanted and any(advantage for _, advantage, _ in wanted)
+    assert sorted(ready[0].lengths + ready[1].lengths) == sorted(len(tokens) for tokens, _, _ in wanted)
     weights = [float(np.sum(one.batch.loss_weight)) for one in ready]
     assert weights == pytest.approx([1.0] * 5, abs=1e-5)  # bnpo: a mean over micro-batches of means over tokens
 

@@ -51,11 +51,14 @@ def test_a_round_trip_through_a_checkpoint(tmp_path, devices):
     trees, about = storage.stored(kept)
     assert len(trees[storage.NAME]) == 2  # held once
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints", None)) as checkpoints:
-        checkpoints.save(7, trees, about)
+        params = {
+            "params": {"norm": jax.device_put(np.ones(2, np.float32), NamedSharding(places.mesh, PartitionSpec()))}
+        }
+        checkpoints.save(7, {**params, **trees}, about)
         checkpoints.wait()
         metadata = checkpoints.metadata(7)
-        shapes = storage.abstract(metadata, sharding(devices))
-        found, _ = checkpoints.restore(7, shapes)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params)
+        found, _ = checkpoints.restore(7, {**shapes, **storage.abstract(metadata, sharding(devices))})
     restored = storage.restored(found, metadata)
     assert restored.keys() == kept.keys() and restored[3] is restored[5]
     for step, one in kept.items():

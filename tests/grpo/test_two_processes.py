@@ -1,6 +1,7 @@
 """Two processes with four devices each are one with eight: what is sampled, what it earns, and what is learned."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -83,10 +84,9 @@ def test_what_is_gathered_is_everybodys_in_order(world: Path, tmp_path: Path) ->
     """Values of unequal sizes, and none at all."""
     script = tmp_path / "gathering.py"
     script.write_text(GATHERING)
-    port = subprocess.run(
-        [sys.executable, "-c", "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
             [sys.executable, str(script)], cwd=ROOT, stderr=subprocess.PIPE, text=True,

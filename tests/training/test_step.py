@@ -114,9 +114,8 @@ def test_work_is_shared_by_all_devices(decoder):
     a loop's body once: one micro-batch and one chunk of the loss are no loops, and the layers' loop has as many turns
     on one device as on eight."""
     large = dataclasses.replace(decoder, vocab_size=4096)
-    fields = {name: jax.ShapeDtypeStruct((1, 8, 128), "int32") for name in ("tokens", "positions", "segment_ids")}
-    mask, weight = (jax.ShapeDtypeStruct((1, 8, 128), dtype) for dtype in ("int32", "float32"))
-    shapes = PackedBatch(**fields, loss_mask=mask, loss_weight=weight)
+    number, weight = (jax.ShapeDtypeStruct((1, 8, 128), dtype) for dtype in ("int32", "float32"))
+    shapes = PackedBatch(tokens=number, positions=number, segment_ids=number, loss_mask=number, loss_weight=weight)
 
     def flops(shape: dict[str, int], chunk: int) -> float:
         devices = jax.devices()[: shape["mesh_fsdp"]]

@@ -1,0 +1,133 @@
+"""What the keys of the objective do to one step, against sums worked out from its completions.
+
+A first step is on policy: the ratio is 1, so the loss is minus the sum of weight times advantage over trained tokens.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from r1jax import grpo
+from r1jax.config import resolve
+from r1jax.experience.collect import Experience
+from r1jax.objectives.grpo import Surrogate
+from r1jax.training.state import start_state
+from tests.grpo.world import Pieces, assembled, keys
+
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "max_completion_length": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def pieces(world: Path) -> Iterator[Pieces]:
+    """One device; four micro-batches of four completions a step."""
+    with assembled(keys(world, reward_funcs=["tiny_rewards:brevity"], **SETTINGS)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def drawn(pieces: Pieces) -> Experience:
+    """A generation in which some completions are cut off and some are not."""
+    pieces.collector.engine.sync(pieces.params, 0)
+    indices = pieces.task.plan.prompts(0).tolist()
+    found = pieces.collector.collect(pieces.task.train, indices, 4, step=0, log_of={})
+    assert 0 < sum(one.truncated for one in found.rollouts) < 16 and np.any(found.advantages)
+    return found
+
+
+def loss_of(pieces: Pieces, drawn: Experience, world: Path, **changes: Any) -> tuple[float, float]:
+    """(loss, trained tokens) of the step on the completions under these keys."""
+    config = resolve(keys(world, **SETTINGS, **changes)).config
+    generations = grpo.make_generations(
+        config, pieces.layout, pieces.task, pieces.collector, pieces.score, None, lambda *_: None, {}
+    )
+    _, chosen, micro_batches = pieces.task.plan.step(0)
+    batch, _ = generations.packer.pack(drawn, chosen.tolist(), micro_batches)
+    params = jax.tree.map(lambda leaf: leaf.copy(), pieces.params)
+    _, sums = pieces.step(start_state(params, config.optimizer, pieces.layout), batch)
+    return float(sums["loss"]), float(sums["loss_tokens"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_the_average_over_tokens(pieces: Pieces, drawn: Experience, world: Path, loss_type: str, masked: bool) -> None:
+    """n tokens with advantage A each; masking those that were cut off takes their tokens, not their place."""
+    _, chosen, micro_batches = pieces.task.plan.step(0)
+    n = np.array([
+        0 if masked and drawn.rollouts[at].truncated else drawn.rollouts[at].num_actions for at in chosen
+    ])  # fmt: skip
+    a = drawn.advantages[chosen]
+    each = [(n * a)[micro_batches == k].sum() / max(n[micro_batches == k].sum(), 1) for k in range(4)]
+    wanted = {
+        "grpo": np.mean(a * (n > 0)),
+        "bnpo": np.mean(each),
+        "dr_grpo": (n * a).sum() / (16 * 8),
+        "dapo": (n * a).sum() / n.sum(),
+    }[loss_type]
+    loss, tokens = loss_of(pieces, drawn, world, loss_type=loss_type, mask_truncated_completions=masked)
+    assert tokens == n.sum()
+    assert loss == pytest.approx(-wanted, abs=1e-6)
+
+
+def test_the_averages_differ(pieces: Pieces, drawn: Experience, world: Path) -> None:
+    losses = {loss_of(pieces, drawn, world, loss_type=name)[0] for name in ("grpo", "bnpo", "dr_grpo", "dapo")}
+    assert len({round(loss, 5) for loss in losses}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Surrogate()),
+        ({"beta": 0.04}, Surrogate(beta=0.04)),
+        ({"epsilon": 0.1}, Surrogate(epsilon=0.1, epsilon_high=0.1)),
+        ({"epsilon_high": 0.28}, Surrogate(epsilon_high=0.28)),
+        ({"delta": 4.0}, Surrogate(delta=4.0)),
+        ({"importance_sampling_level": "sequence", "loss_type": "grpo"}, Surrogate(level="sequence")),
+    ],
+)
+def test_the_surrogate_is_the_one_asked_for(world: Path, changes: dict[str, Any], expected: Surrogate) -> None:
+    """Each field's effect is worked out in objectives/test_grpo.py."""
+    assert grpo.make_surrogate(resolve(keys(world, **changes)).config) == expected
+
+
+@pytest.mark.parametrize(
+    ("scale", "deviation"),
+    [(True, "group"), ("group", "group"), ("batch", "batch"), (False, "none"), ("none", "none")],
+)
+def test_advantages_are_scaled_as_asked(pieces: Pieces, world: Path, scale: Any, deviation: str) -> None:
+    config = resolve(keys(world, scale_rewards=scale)).config
+    collector = dataclasses.replace(pieces.collector, scaling=config.grpo.scaling)
+    found = collector.collect(pieces.task.train, [3, 11], 4, step=0, log_of={})
+    rewards = found.rewards.reshape(2, 4)
+    assert np.isnan(rewards).any()  # brevity has none for some
+    centred = rewards - np.nanmean(rewards, axis=1, keepdims=True)
+    counts = (~np.isnan(rewards)).sum(axis=1, keepdims=True)
+    divisor = {
+        "group": np.sqrt(np.nansum(centred**2, axis=1, keepdims=True) / np.maximum(counts - 1, 1)) + 1e-4,
+        "batch": np.nanstd(rewards, ddof=1) + 1e-4,
+        "none": 1.0,
+    }[deviation]
+    assert counts.min() > 1
+    np.testing.assert_allclose(found.advantages, np.nan_to_num(centred / divisor).ravel(), atol=1e-9)
+
+
+def test_the_temperature_is_in_the_loss_as_in_sampling(world: Path) -> None:
+    """At another temperature the trainer's log-probabilities are still the sampler's."""
+    with assembled(keys(world, temperature=0.6, top_k=5, num_iterations=2, per_device_train_batch_size=8)) as pieces:
+        generations = grpo.make_generations(
+            pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.score, None, lambda *_: None, {}
+        )
+        batch = generations.ready(0, pieces.params)[0].batch
+        mask = np.asarray(batch.loss_mask) == 1
+        assert batch.old_logprobs is not None and mask.sum() > 20
+        np.testing.assert_allclose(
+            np.asarray(batch.old_logprobs)[mask], np.asarray(batch.sampler_logprobs)[mask], atol=1e-5
+        )

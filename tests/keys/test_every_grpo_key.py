@@ -1,0 +1,172 @@
+"""Every key that GRPO alone reads does something: changing it changes the plan, the batch, the program, or the run.
+
+A key is added to CASES with a line: where it shows, a value that is not the default, keys that must stand beside it.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from r1jax.config import schema
+from tests.grpo.world import keys, opened_world
+from tests.keys.grpo_observers import Observer, batch, evaluation, graders, plan, program, rewards, run
+
+TESTS = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Where a key shows, and two values of it: `before` None leaves it as the recipe has it."""
+
+    observer: Observer
+    value: Any
+    beside: dict[str, Any]
+    before: Any = None
+
+
+def at(observer: Observer, value: Any, before: Any = None, **beside: Any) -> Case:
+    return Case(observer, value, beside, before)
+
+
+REFERENCE = {"beta": 0.1, "max_steps": 3}
+MOVING = {**REFERENCE, "sync_ref_model": True, "learning_rate": 1e-2}
+TWO = {"reward_funcs": ["tiny_rewards:likes_w3", "tiny_rewards:brevity"]}
+COSINE = {"reward_funcs": ["cosine"]}
+REPETITION = {"reward_funcs": ["repetition_penalty"]}
+OVERLONG = {"reward_funcs": ["soft_overlong_punishment"]}
+
+CASES: dict[str, Case] = {
+    # grpo
+    "beta": at(batch, 0.1),
+    "scale_rewards": at(batch, False),
+    "importance_sampling_level": at(program, "sequence"),
+    "epsilon": at(program, 0.1),
+    "epsilon_high": at(program, 0.28),
+    "delta": at(program, 4.0),
+    "num_iterations": at(plan, 2),
+    "mask_truncated_completions": at(batch, True),
+    "sync_ref_model": at(run, True, before=False, **MOVING, ref_model_sync_steps=1),
+    "ref_model_mixup_alpha": at(run, 0.2, **MOVING, ref_model_sync_steps=1),
+    "ref_model_sync_steps": at(run, 2, before=1, **MOVING),
+    # sampling
+    "num_generations": at(plan, 2),
+    "num_generations_eval": at(evaluation, 2, do_eval=True, dataset_test_file="{folder}/test.jsonl"),
+    "generation_batch_size": at(plan, 16),
+    "steps_per_generation": at(plan, 4),
+    "max_prompt_length": at(plan, 2),
+    "max_completion_length": at(batch, 4),
+    "temperature": at(batch, 0.7),
+    "top_p": at(batch, 0.5),
+    "top_k": at(batch, 3),
+    "min_p": at(batch, 0.3),
+    "repetition_penalty": at(batch, 1.5),
+    "shuffle_dataset": at(plan, False),
+    "log_completions": at(run, True, max_steps=2),
+    "num_completions_to_print": at(run, 3, max_steps=2, log_completions=True),
+    # rewards
+    "reward_funcs": at(rewards, ["format"], before=["accuracy"]),
+    "reward_weights": at(batch, [2.0, -1.0], **TWO),
+    "cosine_min_value_wrong": at(rewards, 0.25, **COSINE),
+    "cosine_max_value_wrong": at(rewards, -0.75, **COSINE),
+    "cosine_min_value_correct": at(rewards, 0.25, **COSINE),
+    "cosine_max_value_correct": at(rewards, 0.75, **COSINE),
+    "cosine_max_len": at(rewards, 500, **COSINE),
+    "repetition_n_grams": at(rewards, 2, **REPETITION),
+    "repetition_max_penalty": at(rewards, -0.5, **REPETITION),
+    "repetition_language": at(rewards, "zh", **REPETITION),
+    "max_completion_len": at(rewards, 140, before=160, **OVERLONG, soft_punish_cache=50),
+    "soft_punish_cache": at(rewards, 100, before=50, **OVERLONG, max_completion_len=160),
+    # code_rewards
+    "reward_num_workers": at(graders, 2),
+    "reward_timeout": at(graders, 3.0),
+    "reward_memory_limit": at(graders, 512),
+    "code_language": at(rewards, "cpp", reward_funcs=["code_format"]),
+}
+
+# Keys that show in no comparison of two runs: why, or the test in which they do.
+ELSEWHERE: dict[str, str] = {
+    "wandb_log_unique_prompts": (
+        "what W&B shows: experience/test_observer.py::test_every_completion_goes_out_if_prompts_need_not_be_unique"
+    ),
+    "rollout_engine": "vllm is refused: grpo/test_refusals.py::test_what_does_not_fit",
+    "use_vllm": "refused as rollout_engine vllm: grpo/test_refusals.py::test_what_does_not_fit",
+}
+
+# Read by parts that are refused until they are built: the vLLM server, rewards that run code.
+NOT_BUILT = frozenset(
+    {
+        "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+        "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_guided_decoding_regex",
+        "code_eval_test_batch_size", "code_eval_scoring_mode", "parallel_code_exec_per_proc", "code_provider",
+        "ioi_provider",
+    }
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with opened_world(tmp_path_factory.mktemp("grpo-keys")) as place:
+        yield place
+        observed.cache_clear()
+
+
+def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Two micro-batches of four completions on one device."""
+    text = json.dumps(keys(folder, **{"per_device_train_batch_size": 4, **changes}))
+    return json.loads(text.replace("{folder}", str(folder)))
+
+
+@functools.cache
+def observed(observer: Observer, content: str, number: int) -> Any:
+    return observer(json.loads(content) | {"output_dir": f"{json.loads(content)['output_dir']}-{number}"})
+
+
+_numbers: dict[str, int] = {}
+
+
+def look(observer: Observer, content: dict[str, Any]) -> Any:
+    """What the observer sees, once for each recipe."""
+    text = json.dumps(content, sort_keys=True)
+    return observed(observer, text, _numbers.setdefault(text, len(_numbers)))
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_changing_it_changes_something(key: str, folder: Path) -> None:
+    case = CASES[key]
+    before = recipe(folder, **case.beside | ({} if case.before is None else {key: case.before}))
+    after = recipe(folder, **case.beside | {key: case.value})
+    assert before != after
+    assert look(case.observer, before) != look(case.observer, after)
+
+
+@pytest.mark.parametrize("observer", [plan, batch, program, rewards, evaluation, graders])
+def test_the_same_recipe_shows_the_same(observer: Observer, folder: Path) -> None:
+    """Otherwise a difference would prove nothing."""
+    changes = {"reward_funcs": ["format"]} if observer is rewards else {}
+    evaluated = {"do_eval": True, "dataset_test_file": "{folder}/test.jsonl"} if observer is evaluation else {}
+    content = recipe(folder, **changes, **evaluated)
+    assert look(observer, content) == observed(observer, json.dumps(content, sort_keys=True), -1)
+
+
+def test_the_same_run_twice_is_the_same(folder: Path) -> None:
+    content = recipe(folder, max_steps=2, log_completions=True)
+    assert look(run, content) == observed(run, json.dumps(content, sort_keys=True), -1)
+
+
+def test_every_key_has_a_case_or_a_reason() -> None:
+    wanted = {key.name for key in schema.keys().values() if key.task == "grpo"}
+    assert CASES.keys() | ELSEWHERE.keys() | NOT_BUILT == wanted
+    assert len(CASES) + len(ELSEWHERE) + len(NOT_BUILT) == len(wanted)
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_the_test_that_is_named_is_there(key: str) -> None:
+    found = re.search(r"([\w/]+\.py)::(\w+)$", ELSEWHERE[key])
+    assert found, ELSEWHERE[key]
+    assert f"def {found[2]}(" in (TESTS / found[1]).read_text()
