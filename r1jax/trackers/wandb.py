@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from r1jax.config.errors import need
 from r1jax.config.reporting import ReportingConfig
 from r1jax.trackers.tracker import Metrics, chart_name
 
@@ -15,16 +14,15 @@ class WeightsAndBiases:
     """One W&B run for all starts of the run.
 
     W&B keeps the first row that it gets for a step, so what was logged after the checkpoint stays as it was and the
-    resumed run's rows for those steps are dropped there (not in metrics.jsonl).
+    resumed run's rows for those steps are dropped there (not in metrics.jsonl). A resumed run repeats these steps bit
+    for bit, so the rows say the same but for timings. W&B's own rewind (`resume_from`) is not used: it is a preview,
+    self-managed servers lack it, and what a server makes of a synced offline run that rewinds could not be tried.
     """
 
     def __init__(self, config: ReportingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):
-        """Raises UserError when the package is not installed."""
-        try:
-            import wandb
-        except ImportError as error:
-            advice = "pip install 'r1jax[wandb]', or leave wandb out of report_to"
-            raise need("report_to", "the wandb package for 'wandb'", "none installed", advice) from error
+        """The package must be there (`open.check_trackers`)."""
+        import wandb
+
         export_names(config)
         output_dir.mkdir(parents=True, exist_ok=True)
         self._table = wandb.Table

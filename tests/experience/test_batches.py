@@ -62,6 +62,7 @@ def test_a_step_token_by_token():
     assert batch.segment_ids[0, 0, used].tolist() == [1] * 5 + [2] * 4 + [3] * 3
     assert batch.loss_mask[0, 0, used].tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1]
     np.testing.assert_allclose(batch.loss_weight[0, 0, used], [0, 0, 0.1, 0.1, 0.1, 0, 0, 0, 0, 0, 0.2, 0.2])
+    assert batch.advantages is not None and batch.sampler_logprobs is not None
     np.testing.assert_allclose(batch.advantages[0, 0, used], [0, 0, 1.5, 1.5, 1.5, 0, 0, 0, 0, 0, -1, -1])
     np.testing.assert_allclose(batch.sampler_logprobs[0, 0, used], [0, 0, -1, -1, -1, 0, 0, 0, 0, 0, -1, -1])
     rest = slice(12, None)

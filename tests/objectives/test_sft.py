@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def make_document(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def pack(rows: list[list[int]], shape: tuple[int, int]) -> PackedBatch:
     """Rows of documents by their number; weights belong to the document, wherever it lies."""
-    fields = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
+    fields: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
     mask, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     for at, row in enumerate(rows):
         start = 0
