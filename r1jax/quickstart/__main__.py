@@ -1,6 +1,6 @@
 """From nothing to a model that has learned to reason, on a CPU, through the real commands.
 
-    python -m r1jax.quickstart [--output_dir outputs/quickstart] [--seed 0] [--num_problems 200]
+    python -m r1jax.quickstart [--output_dir outputs/quickstart] [--seed 0] [--num_problems 500]
                                [--sft.KEY value ...] [--grpo.KEY value ...]
 
 Makes a task, a tokenizer and a small random Qwen3 model, fine-tunes it with configs/quickstart/sft.yaml, lets it
@@ -29,7 +29,7 @@ from r1jax.quickstart.measure import NUM_SAMPLES, Measurement, measure
 from r1jax.quickstart.problems import held_out_problems, write_examples, write_tasks
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
-NUM_EXAMPLES = 24_000
+NUM_EXAMPLES = 36_000
 """Answers to imitate: one epoch of the recipe."""
 NUM_TASKS = 2_400
 """Questions to practise on."""
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = commands.ArgumentParser("python -m r1jax.quickstart", "Trains the built-in example on this machine's CPU.")
     parser.add_argument("--output_dir", default="outputs/quickstart", help="gets all files (outputs/quickstart)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the training problems and their order (0)")
-    parser.add_argument("--num_problems", type=int, default=200, help="held-out problems to measure on (200)")
+    parser.add_argument("--num_problems", type=int, default=500, help="held-out problems to measure on (500)")
     return parser
 
 
@@ -188,7 +188,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raises `UserError` for what would fail later."""
     require(0 <= args.seed < 2**32, "seed", "0 <= x < 2**32", args.seed, "choose a number in that range")
     count = args.num_problems
-    require(1 <= count <= MAX_PROBLEMS, "num_problems", f"1 <= x <= {MAX_PROBLEMS}", count, "200 is the default")
+    require(1 <= count <= MAX_PROBLEMS, "num_problems", f"1 <= x <= {MAX_PROBLEMS}", count, "500 is the default")
     folder = Path(args.output_dir)
     require(not folder.exists() or folder.is_dir(), "output_dir", "a folder", args.output_dir, "name another")
     if not RECIPES.is_dir():
