@@ -63,7 +63,14 @@ def assert_same_end(folder: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "step"),
-    [("on_policy", 3), ("off_policy", 2), ("off_policy", 5), ("reference", 1), ("moving_reference", 2)],
+    [
+        ("on_policy", 3),
+        ("off_policy", 2),
+        ("off_policy", 5),
+        ("reference", 1),
+        ("moving_reference", 2),
+        ("moving_reference", 3),
+    ],
 )
 def test_from_a_checkpoint_on(world: Path, whole: Callable[[str], Path], kind: str, step: int) -> None:
     """As if the run had been killed just after it had saved `step`, with all that it had written by its end."""
