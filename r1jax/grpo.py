@@ -155,6 +155,7 @@ def begin(
     if start is None:
         return start_state(params, config.optimizer, layout), reference, {}
     del params
+    storage.check(start.metadata, with_reference=reference is not None)
     beside = {
         **(reference.abstract() if reference else {}),
         **storage.abstract(start.metadata, layout.batch),

@@ -15,6 +15,7 @@ from r1jax.experience.collect import Experience
 FOLDER = "completions"
 _NAME = re.compile(r"completions_(\d+)\.parquet")
 _SHOWN_CHARACTERS = 400
+_FILE_WIDTH = 160
 
 Rows = dict[str, list[Any]]
 
@@ -66,7 +67,9 @@ def print_completions(rows: Rows, limit: int, console: Console | None = None) ->
         table.add_column(name, overflow="fold", justify="left" if name in ("prompt", "completion") else "right")
     for at in range(min(limit or len(rows["step"]), len(rows["step"]))):
         table.add_row(*(_cell(rows[name][at]) for name in names))
-    (console or Console(stderr=True)).print(table)
+    console = console or Console(stderr=True)
+    # In a file, where rich knows no width, words need more room than its 80 columns.
+    console.print(table, width=None if console.is_terminal else max(console.width, _FILE_WIDTH))
 
 
 def _cell(value: Any) -> Text:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from r1jax.batch import PackedBatch
-from r1jax.config.errors import require
+from r1jax.config.errors import need, require
 from r1jax.experience.generations import Ready
 from r1jax.sharding.mesh import data_shards
 
@@ -66,6 +66,16 @@ def abstract(metadata: Mapping[str, Any], sharding: NamedSharding) -> dict[str, 
             for at, batch in enumerate(metadata[NAME]["batches"])
         }
     }
+
+
+def check(metadata: Mapping[str, Any], *, with_reference: bool) -> None:
+    """Raises `UserError` where a run with a reference cannot use batches that were kept by a run without one."""
+    kept = metadata[NAME]["batches"] if NAME in metadata else []
+    scored = all("ref_logprobs" in batch["leaves"] for batch in kept)
+    if kept and scored != with_reference:
+        rule = "beta to be 0 or above 0 as it was when the generation was made"
+        advice = "go on with the old beta until a checkpoint at the generation's end"
+        raise need("resume_from_checkpoint", rule, "a checkpoint in the middle of one", advice)
 
 
 def restored(trees: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[int, Ready]:

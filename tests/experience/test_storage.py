@@ -76,3 +76,13 @@ def test_more_devices_than_rows_are_refused():
     _, about = storage.stored({1: ready(0, sharding(4), scores=False)})
     with pytest.raises(UserError, match="resume_from_checkpoint: need a number of data shards that divides the 4 rows"):
         storage.abstract(about, sharding(8))
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_kept_batches_and_the_reference_go_together(with_reference):
+    leaves = ["tokens", *(["ref_logprobs"] if with_reference else [])]
+    metadata = {storage.NAME: {"batches": [{"leaves": leaves}]}}
+    storage.check(metadata, with_reference=with_reference)
+    storage.check({}, with_reference=not with_reference)
+    with pytest.raises(UserError, match="resume_from_checkpoint: need beta to be 0 or above 0 as it was"):
+        storage.check(metadata, with_reference=not with_reference)

@@ -94,6 +94,7 @@ ELSEWHERE: dict[str, str] = {
     "wandb_log_unique_prompts": (
         "what W&B shows: experience/test_observer.py::test_every_completion_goes_out_if_prompts_need_not_be_unique"
     ),
+    "dataset_solution_column": "renamed for rewards: data/test_prompts.py::test_solutions_under_another_name",
     "rollout_engine": "vllm is refused: grpo/test_refusals.py::test_what_does_not_fit",
     "use_vllm": "refused as rollout_engine vllm: grpo/test_refusals.py::test_what_does_not_fit",
 }
