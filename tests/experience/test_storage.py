@@ -48,14 +48,17 @@ def test_a_round_trip_through_a_checkpoint(tmp_path, devices):
     places = sharding(4)
     first, second = ready(0, places, scores=True), ready(1, places, scores=False)
     kept = {3: first, 4: second, 5: first}
+    weights = jax.device_put(np.zeros(2, np.float32), places.mesh.devices.flat[0])
     trees, about = storage.stored(kept)
     assert len(trees[storage.NAME]) == 2  # held once
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints", None)) as checkpoints:
-        checkpoints.save(7, trees, about)
+        checkpoints.save(7, {"params": {"w": weights}, **trees}, about)
         checkpoints.wait()
         metadata = checkpoints.metadata(7)
         shapes = storage.abstract(metadata, sharding(devices))
-        found, _ = checkpoints.restore(7, shapes)
+        found, _ = checkpoints.restore(
+            7, {"params": {"w": jax.ShapeDtypeStruct((2,), np.float32, sharding=weights.sharding)}, **shapes}
+        )
     restored = storage.restored(found, metadata)
     assert restored.keys() == kept.keys() and restored[3] is restored[5]
     for step, one in kept.items():
