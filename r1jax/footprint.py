@@ -136,7 +136,8 @@ def activation_bytes(config: DecoderConfig, workload: Workload) -> int:
 
     With c bytes a compute element: residuals of L layers under the remat policy, those of one layer without a policy
     (the recomputed layer), 3 c B T F / t (the MLP's gradients) and about 2 B N T T / t (the causal half of the scores
-    in float32, recomputed in the backward pass). In float32 on CPU this was 0.8 to 1.2 of XLA's own figure.
+    in float32, recomputed in the backward pass). In float32 on CPU this is 0.87 to 1.20 of what XLA says for the
+    greedier of its two schedules; the default one may need less (0.7 of the estimate in jax 0.12).
     """
     shards = workload.tensor_shards
     local = dataclasses.replace(

@@ -96,9 +96,22 @@ def test_sharded_weights_are_gathered_a_layer_at_a_time(mesh):
     assert sharded.compute_copies == 8 * (LAYER + 256 * 64)
 
 
+def temporary_bytes(lowered: jax.stages.Lowered, order: str) -> int:
+    options = {"xla_cpu_scheduler_type": f"CPU_SCHEDULER_TYPE_{order}_OPTIMIZED"}
+    analysis = lowered.compile(compiler_options=options).memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "attention", "dots"])
 @pytest.mark.parametrize("row_length", [128, 512])
 def test_activations_are_near_what_xla_allocates(remat, row_length):
+    """Under the greedier of its two orders of the same work, which may need 1.5 times what the other needs.
+
+    In jax 0.10.2 and 0.12 the estimate is 0.87 to 1.20 of that. The default order alone says less: in 0.12 it keeps
+    fewer of a layer's scores and MLP gradients at once (128 tokens, attention: 5.7 MB, after 7.4 in 0.10.2; the other
+    order needs 8.5 in both).
+    """
     work = dataclasses.replace(WORK, remat=remat, row_length=row_length)
     tokens = jax.ShapeDtypeStruct((work.rows, row_length), jnp.int32)
 
@@ -107,9 +120,7 @@ def test_activations_are_near_what_xla_allocates(remat, row_length):
         return jnp.sum(forward(params, tokens, layout, CONFIG, remat=remat) ** 2)
 
     lowered = jax.jit(jax.grad(loss)).lower(abstract_params(CONFIG), tokens, tokens, tokens)
-    analysis = lowered.compile().memory_analysis()
-    assert analysis is not None
-    measured = analysis.temp_size_in_bytes
+    measured = max(temporary_bytes(lowered, order) for order in ("CONCURRENCY", "MEMORY"))
     assert 0.75 * measured < footprint.activation_bytes(CONFIG, work) < 1.25 * measured
 
 
