@@ -48,11 +48,9 @@ def test_a_round_trip_through_a_checkpoint(tmp_path, devices):
     places = sharding(4)
     first, second = ready(0, places, scores=True), ready(1, places, scores=False)
     kept = {3: first, 4: second, 5: first}
-    weights = jax.device_put(np.zeros(2, np.float32), places.mesh.devices.flat[0])
     trees, about = storage.stored(kept)
     assert len(trees[storage.NAME]) == 2  # held once
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints", None)) as checkpoints:
-<<<<<<< HEAD
         params = {
             "params": {"norm": jax.device_put(np.ones(2, np.float32), NamedSharding(places.mesh, PartitionSpec()))}
         }
@@ -61,15 +59,6 @@ def test_a_round_trip_through_a_checkpoint(tmp_path, devices):
         metadata = checkpoints.metadata(7)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params)
         found, _ = checkpoints.restore(7, {**shapes, **storage.abstract(metadata, sharding(devices))})
-=======
-        checkpoints.save(7, {"params": {"w": weights}, **trees}, about)
-        checkpoints.wait()
-        metadata = checkpoints.metadata(7)
-        shapes = storage.abstract(metadata, sharding(devices))
-        found, _ = checkpoints.restore(
-            7, {"params": {"w": jax.ShapeDtypeStruct((2,), np.float32, sharding=weights.sharding)}, **shapes}
-        )
->>>>>>> keys312
     restored = storage.restored(found, metadata)
     assert restored.keys() == kept.keys() and restored[3] is restored[5]
     for step, one in kept.items():
