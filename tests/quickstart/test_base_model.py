@@ -25,7 +25,7 @@ def test_each_digit_role_and_tag_is_a_token(tokenizer):
 
 def test_the_template_ends_each_turn_with_eos_and_opens_the_assistants(tokenizer):
     asked = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
-    assert asked == "<|im_start|>user\n7*8+5-9+4=?<|im_end|><|im_start|>assistant\n"
+    assert asked == "<|im_start|>user\n7+8-5+9=?<|im_end|><|im_start|>assistant\n"
     whole = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert whole == asked + MESSAGES[1]["content"] + END
     assert tokenizer.eos_token == END

@@ -19,7 +19,7 @@ def graders():
     """Starts Graders of reward names; all are closed at the end."""
     started = []
 
-    def start(*names: str, workers: int = 2, timeout: float = 1.0, memory: int = 512) -> Graders:
+    def start(*names: str, workers: int = 2, timeout: float = 4.0, memory: int = 512) -> Graders:
         rewards = make_rewards(RewardsConfig(reward_funcs=names), CodeRewardsConfig())
         started.append(Graders(rewards, workers, timeout, memory).__enter__())
         return started[-1]
