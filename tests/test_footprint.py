@@ -97,7 +97,7 @@ def test_sharded_weights_are_gathered_a_layer_at_a_time(mesh):
 
 
 def temporary_bytes(lowered: jax.stages.Lowered, order: str) -> int:
-    options = {"xla_cpu_scheduler_type": f"CPU_SCHEDULER_TYPE_{order}_OPTIMIZED"}
+    options: dict[str, str | bool] = {"xla_cpu_scheduler_type": f"CPU_SCHEDULER_TYPE_{order}_OPTIMIZED"}
     analysis = lowered.compile(compiler_options=options).memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes

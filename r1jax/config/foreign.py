@@ -18,7 +18,7 @@ FOREIGN: dict[str, str] = {
     "gradient_checkpointing_kwargs": "remat_policy says what gradient_checkpointing recomputes",
     "gradient_checkpointing_use_reentrant": "remat_policy says what gradient_checkpointing recomputes",
     "vllm_device": "the vLLM server's devices are chosen where it is started (open-r1's TRL ignores the key too)",
-    "ds3_gather_for_generation": "weights are gathered tensor by tensor for generation",
+    "ds3_gather_for_generation": "weights are gathered for generation in one program, over all axes but tensor",
     "benchmarks": "no benchmarks are started by a save; evaluate the saved model with its own command",
     "e2b_router_url": _ROUTER,
     "morph_router_url": _ROUTER,
