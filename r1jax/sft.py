@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from r1jax.batch import PackedBatch
-from r1jax.checkpoints.orbax import FOLDER, Checkpoints
-from r1jax.config import RunConfig, to_yaml
+from r1jax.config import RunConfig
 from r1jax.config.folders import check_folder
 from r1jax.data.batches import BatchStream, Weigh
 from r1jax.data.encoding import RowEncoder
@@ -22,7 +19,7 @@ from r1jax.data.splits import load_split
 from r1jax.data.stream_mixture import SplitRows
 from r1jax.data.tokenized import TokenizedRows, tokenise
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
-from r1jax.objectives.reductions import nll_mean, token_sum
+from r1jax.objectives.reductions import token_mean, token_sum
 from r1jax.objectives.sft import make_nll, nll_metrics
 from r1jax.optimizer import make_schedule
 from r1jax.sharding.constraints import make_constrain
@@ -33,11 +30,11 @@ from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
+from r1jax.training.opening import begin_writing, opened
 from r1jax.training.profiling import profiled
-from r1jax.training.publish import Publisher
-from r1jax.training.resume import check_start, find_start, goes_on, restore
-from r1jax.training.saving import Keeper, best_so_far, open_recorder
-from r1jax.training.source import Source, first_params, model_files, read_source, ready_for
+from r1jax.training.resume import check_start, restore
+from r1jax.training.saving import Keeper
+from r1jax.training.source import Source, first_params, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
 
@@ -60,7 +57,6 @@ class Rows:
 
 def run(config: RunConfig) -> None:
     """Trains, evaluates, saves and exports into config.run.output_dir; goes on where an earlier run stopped."""
-    output_dir = Path(config.run.output_dir)
     # 1. Everything that can be refused is refused before a device holds anything or the folder is made.
     check_folder("output_dir", config.run.output_dir)
     check_trackers(config.reporting)
@@ -70,39 +66,20 @@ def run(config: RunConfig) -> None:
     source = ready_for(config, source, [split.row_format for split in splits.values()])
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
-    checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit, model_files=model_files(source))
-    publisher = Publisher(config)
-    with contextlib.closing(checkpoints):
-        if not goes_on(config.run, checkpoints):
-            publisher.refuse_taken_branch()
-        start = find_start(config.run, checkpoints)
-        if start is not None:
-            check_start(start, layout, train.plan.fingerprint)
+    with opened(config, source) as opening:
+        if opening.start is not None:
+            check_start(opening.start, layout, train.plan.fingerprint)
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(config, source.decoder, layout, train.plan.longest_row)
         # 3. The state: resumed, or the pretrained weights, or fresh ones.
-        if start is not None:
-            state = restore(start, checkpoints, layout, train.plan.fingerprint)
+        if opening.start is not None:
+            state = restore(opening.start, opening.checkpoints, layout, train.plan.fingerprint)
         else:
             state = start_state(first_params(config, source, layout), config.optimizer, layout)
-        if jax.process_index() == 0:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "config.yaml").write_text(to_yaml(config))
-        publisher.start()
-        best = best_so_far(config, start, checkpoints)
         # 4. Training, then the model as others read it.
-        recorder = open_recorder(config, train.plan, nll_metrics, start.metadata if start else {})
-        keeper = Keeper(
-            config=config,
-            source=source,
-            layout=layout,
-            checkpoints=checkpoints,
-            recorder=recorder,
-            fingerprint=train.plan.fingerprint,
-            best=best,
-            publisher=publisher,
-        )
-        with contextlib.closing(recorder), out_of_memory_named(estimate):
+        about = {"plan": train.plan, "fingerprint": train.plan.fingerprint, "report": nll_metrics}
+        keeper = begin_writing(config, source, layout, opening, **about)
+        with contextlib.closing(keeper.recorder), out_of_memory_named(estimate):
             state, done = train_model(config, source, layout, train, held_out, state, keeper)
             if done == train.plan.num_steps:
                 keeper.finish(done, state)
@@ -204,7 +181,7 @@ def train_model(
 
     def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
         del now  # what is trained on does not depend on the policy
-        for index, batch in device_batches(train, layout, nll_mean, int(state.step)):
+        for index, batch in device_batches(train, layout, token_mean, int(state.step)):
             rows = plan.step(index)
             lengths = [int(plan.lengths[sequence]) for row in rows.rows for sequence in row]
             per_token = train_flops_per_token(source.decoder, mean_visible_keys(lengths))

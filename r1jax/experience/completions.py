@@ -68,8 +68,10 @@ def print_completions(rows: Rows, limit: int, console: Console | None = None) ->
     for at in range(min(limit or len(rows["step"]), len(rows["step"]))):
         table.add_row(*(_cell(rows[name][at]) for name in names))
     console = console or Console(stderr=True)
-    # In a file, where rich knows no width, words need more room than its 80 columns.
-    console.print(table, width=None if console.is_terminal else max(console.width, _FILE_WIDTH))
+    if not console.is_terminal:
+        # In a file, where rich knows no width, words need more room than its 80 columns.
+        console = Console(file=console.file, width=_FILE_WIDTH)
+    console.print(table)
 
 
 def _cell(value: Any) -> Text:

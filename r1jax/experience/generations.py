@@ -15,11 +15,10 @@ from r1jax.experience.batches import Geometry, StepLayout, build_step, lay_out_s
 from r1jax.experience.collect import Collector, Experience
 from r1jax.experience.plan import GenerationPlan
 from r1jax.experience.report import experience_metrics
+from r1jax.objectives.reductions import Weigh
 from r1jax.sharding.placement import local_rows, to_devices
 
 Params = Any
-Weigh = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(tokens trained on of each sequence [S], its micro-batch [S]) -> weight of each such token [S]."""
 Score = Callable[[Params, PackedBatch], jax.Array]
 """(parameters, batch) -> log-probability of every token."""
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from r1jax.batch import PackedBatch
+from r1jax.config.grpo import GrpoConfig
 from r1jax.models.config import DecoderConfig
 from r1jax.models.transformer import Constrain, RematPolicy, forward, output_kernel, prepare, unconstrained
 from r1jax.objectives.cross_entropy import default_chunk, token_logprobs_and_entropy
@@ -34,6 +35,17 @@ class Surrogate:
     beta: float = 0.0
     level: Literal["token", "sequence"] = "token"
     """What the probability ratio is of: each token, or a whole completion's mean (GSPO, Zheng et al. 2025)."""
+
+
+def make_surrogate(config: GrpoConfig) -> Surrogate:
+    """The one that the keys ask for; epsilon_high is epsilon where it is not given."""
+    return Surrogate(
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+        delta=config.delta,
+        beta=config.beta,
+        level=config.importance_sampling_level,
+    )
 
 
 def make_statistics(

@@ -3,12 +3,37 @@
 Each function maps the numbers of trained tokens of the step's sequences to the weight of one token of each sequence.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float, Integer
 
+Weigh = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(tokens trained on of each sequence [S], its micro-batch [S]) -> weight of each such token [S]."""
 
-def nll_mean(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+
+def weigh_by(loss_type: str, max_completion_length: int) -> Weigh:
+    """How GRPO's `loss_type` weighs a token."""
+
+    def weigh(loss_tokens: Float[np.ndarray, " S"], micro_batches: Integer[np.ndarray, " S"]) -> np.ndarray:
+        match loss_type:
+            case "grpo":
+                return sequence_mean(loss_tokens)
+            case "bnpo":
+                return micro_batch_mean(loss_tokens, micro_batches)
+            case "dr_grpo":
+                return constant_length(loss_tokens, max_completion_length)
+            case _:
+                assert loss_type == "dapo", loss_type
+                return token_mean(loss_tokens)
+
+    return weigh
+
+
+def token_mean(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
     """1 / N for every token, N being the trained tokens of the whole step: the mean over tokens, not over sequences.
+
+    The loss of SFT, and of `loss_type: dapo` (Yu et al. 2025, eq. 8).
 
     Gradient accumulation therefore gives sum / sum, never a mean of means.
     """

@@ -3,6 +3,7 @@
 import dataclasses
 
 from r1jax.config.errors import at_least, require
+from r1jax.config.sampling import SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,3 +37,17 @@ class SamplingSettings:
         require(share, "min_p", "0 <= x <= 1", self.min_p, "0 means all tokens")
         positive = 0 < self.repetition_penalty < float("inf")
         require(positive, "repetition_penalty", "x > 0", self.repetition_penalty, "1 means none")
+
+
+def settings_of(sampling: SamplingConfig, *, stop_ids: tuple[int, ...], seed: int) -> SamplingSettings:
+    """What a recipe's keys say."""
+    return SamplingSettings(
+        max_new_tokens=sampling.max_completion_length,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        stop_ids=stop_ids,
+        seed=seed,
+    )

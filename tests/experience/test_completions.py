@@ -1,3 +1,5 @@
+import io
+
 import pyarrow.parquet as pq
 from rich.console import Console
 
@@ -41,13 +43,22 @@ def test_a_resumed_run_drops_what_comes_after_its_checkpoint(experience, tmp_pat
     discard_completions(tmp_path / "none", 0)
 
 
+def written(console: Console) -> str:
+    """What went to its file since it was last asked."""
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    console.file.truncate(0)
+    return text
+
+
 def test_the_table(experience):
     """Rewards and advantages beside the words; a missing reward is empty; nothing that a terminal would act upon."""
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))
+    console = Console(file=io.StringIO(), width=80)
     rows = completion_rows(experience, 3, PROMPTS, [*TEXTS[:3], "x" * 1000])
     print_completions(rows, 0, console)
-    text = console.export_text()
+    text = written(console)
     assert "step 3" in text and "three" in text and "0.71" in text and "(1000" in text
+    assert max(map(len, text.splitlines())) == 160  # a file has no width of its own
     print_completions(completion_rows(experience, 3, PROMPTS, TEXTS), 2, console)
-    text = console.export_text()
+    text = written(console)
     assert "two" in text and "three" not in text and "\x1b[31m" not in text

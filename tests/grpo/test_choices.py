@@ -15,7 +15,7 @@ import pytest
 from r1jax import grpo
 from r1jax.config import resolve
 from r1jax.experience.collect import Experience
-from r1jax.objectives.grpo import Surrogate
+from r1jax.objectives.grpo import Surrogate, make_surrogate
 from r1jax.training.state import start_state
 from tests.grpo.world import Pieces, assembled, keys
 
@@ -95,7 +95,7 @@ def test_the_averages_differ(pieces: Pieces, drawn: Experience, world: Path) -> 
 )
 def test_the_surrogate_is_the_one_asked_for(world: Path, changes: dict[str, Any], expected: Surrogate) -> None:
     """Each field's effect is worked out in objectives/test_grpo.py."""
-    assert grpo.make_surrogate(resolve(keys(world, **changes)).config) == expected
+    assert make_surrogate(resolve(keys(world, **changes)).config.grpo) == expected
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 from r1jax import grpo
 from r1jax.config import RunConfig, resolve
 from r1jax.experience.collect import Collector
+from r1jax.experience.task import Task, read_task
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.training.source import Source, first_params, read_source
 from r1jax.training.state import StateLayout, lay_out
@@ -147,7 +148,7 @@ class Pieces:
     config: RunConfig
     source: Source
     layout: StateLayout
-    task: grpo.Task
+    task: Task
     params: Any
     collector: Collector
     step: TrainStep
@@ -160,7 +161,8 @@ def assembled(content: Mapping[str, Any], devices: int = 1) -> Iterator[Pieces]:
     config = resolve(content).config
     source = read_source(config)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    task = grpo.read_task(config, source, data_shards(mesh))
+    limit = source.decoder.max_position_embeddings
+    task = read_task(config, source.tokenizer, limit, data_shards(mesh))
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     params = first_params(config, source, layout)
     step, score = grpo.make_steps(config, source, layout, task.plan.num_steps)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from r1jax import sft, train
 from r1jax.config import RunConfig, resolve
-from r1jax.objectives.reductions import nll_mean, token_sum
+from r1jax.objectives.reductions import token_mean, token_sum
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.trackers.wandb import export_names
 from r1jax.training.cadence import make_cadence
@@ -58,7 +58,7 @@ def batch(keys: Mapping[str, Any]) -> Any:
     """The first step's arrays of both splits, and how many steps there are."""
     run = prepare(keys)
     seen: list[Any] = []
-    for rows, weigh in ((run.train, nll_mean), (run.held_out, token_sum)):
+    for rows, weigh in ((run.train, token_mean), (run.held_out, token_sum)):
         if rows is None:
             continue
         _, arrays = next(sft.device_batches(rows, run.layout, weigh, 0))
@@ -76,7 +76,7 @@ def program(keys: Mapping[str, Any]) -> str:
     """The text of the update's program before it is compiled."""
     run = prepare(keys)
     step, _ = sft.make_steps(run.config, run.source, run.layout, run.train.plan.num_steps)
-    _, arrays = next(sft.device_batches(run.train, run.layout, nll_mean, 0))
+    _, arrays = next(sft.device_batches(run.train, run.layout, token_mean, 0))
     return step.lower(run.layout.abstract, arrays).as_text()  # pyright: ignore[reportFunctionMemberAccess]
 
 

@@ -3,33 +3,33 @@ import numpy as np
 from r1jax.objectives.reductions import (
     constant_length,
     micro_batch_mean,
-    nll_mean,
     sequence_mean,
+    token_mean,
     token_sum,
 )
 
 
 def test_every_token_of_the_step_weighs_the_same():
     """Sequences of 3 and 5 trained tokens: 1/8 each, so the longer one counts for 5/8."""
-    assert nll_mean(np.asarray([3.0, 5.0])).tolist() == [1 / 8, 1 / 8]
+    assert token_mean(np.asarray([3.0, 5.0])).tolist() == [1 / 8, 1 / 8]
     assert token_sum(np.asarray([3.0, 5.0])).tolist() == [1.0, 1.0]
 
 
 def test_weights_sum_to_one():
     counts = np.random.default_rng(0).integers(1, 4000, 501).astype(np.float64)
-    np.testing.assert_allclose((nll_mean(counts) * counts).sum(), 1.0, rtol=1e-12)
+    np.testing.assert_allclose((token_mean(counts) * counts).sum(), 1.0, rtol=1e-12)
 
 
 def test_accumulation_divides_sums_not_means():
     """Micro-batches with 1 token of loss 4 and 3 tokens of loss 0: 4/4 = 1, where the mean of means would be 2."""
     counts, losses = np.asarray([1.0, 3.0]), np.asarray([4.0, 0.0])
-    contributions = nll_mean(counts) * losses  # each micro-batch's, which the device adds up
+    contributions = token_mean(counts) * losses  # each micro-batch's, which the device adds up
     assert contributions.sum() == 1.0
 
 
 def test_nothing_to_train_on_weighs_nothing_odd():
-    assert np.isfinite(nll_mean(np.asarray([0.0, 0.0]))).all()
-    assert nll_mean(np.asarray([])).shape == (0,)
+    assert np.isfinite(token_mean(np.asarray([0.0, 0.0]))).all()
+    assert token_mean(np.asarray([])).shape == (0,)
 
 
 COUNTS = np.asarray([2.0, 4.0, 0.0, 6.0])
@@ -47,7 +47,7 @@ def test_loss_type_bnpo_is_a_mean_over_micro_batches():
     """Micro-batches of 2 + 4 and 0 + 6 tokens: 1/6 each over two."""
     np.testing.assert_allclose(micro_batch_mean(COUNTS, np.asarray([0, 0, 1, 1])), [1 / 12] * 4)
     np.testing.assert_allclose(micro_batch_mean(COUNTS, np.asarray([0, 1, 0, 1])), [1 / 4, 1 / 20, 1 / 4, 1 / 20])
-    np.testing.assert_allclose(micro_batch_mean(COUNTS, np.zeros(4, int)), nll_mean(COUNTS))
+    np.testing.assert_allclose(micro_batch_mean(COUNTS, np.zeros(4, int)), token_mean(COUNTS))
 
 
 def test_loss_type_dr_grpo_divides_by_the_longest_whatever_the_lengths():

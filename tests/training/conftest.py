@@ -14,7 +14,7 @@ from r1jax.data.packing import make_plan
 from r1jax.data.tokenized import TokenizedRows
 from r1jax.models.config import DecoderConfig
 from r1jax.models.transformer import RematPolicy
-from r1jax.objectives.reductions import nll_mean
+from r1jax.objectives.reductions import token_mean
 from r1jax.objectives.sft import Loss, make_nll
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import make_mesh
@@ -72,7 +72,7 @@ def packed_steps() -> Callable[[int, int], list[PackedBatch]]:
             seed=0,
         )
         assert plan.num_steps >= num_steps
-        return [build_batch(rows, plan.step(s), 8, nll_mean, range(8)) for s in range(num_steps)]
+        return [build_batch(rows, plan.step(s), 8, token_mean, range(8)) for s in range(num_steps)]
 
     return make
 

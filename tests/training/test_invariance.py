@@ -12,7 +12,7 @@ import pytest
 from r1jax.config.optimizer import OptimizerConfig
 from r1jax.data.batches import build_batch
 from r1jax.data.packing import StepRows, best_fit, make_plan
-from r1jax.objectives.reductions import nll_mean
+from r1jax.objectives.reductions import token_mean
 from r1jax.optimizer import make_schedule
 from r1jax.training.state import fresh_params, start_state
 from r1jax.training.step import make_train_step
@@ -63,7 +63,7 @@ def measure(decoder, laid_out):
     def run(steps: list[StepRows], rows_per_micro_batch: int) -> np.ndarray:
         state, seen = jax.device_put(first, layout.shardings), []
         for rows in steps:
-            batch = build_batch(ROWS, rows, rows_per_micro_batch, nll_mean, range(rows_per_micro_batch))
+            batch = build_batch(ROWS, rows, rows_per_micro_batch, token_mean, range(rows_per_micro_batch))
             state, metrics = step(state, jax.device_put(batch, layout.batch))
             seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         return np.asarray(seen)

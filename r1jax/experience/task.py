@@ -1,0 +1,67 @@
+"""What a policy is to learn: prompts, rewards and the order of both, checked before a device holds anything."""
+
+import dataclasses
+from typing import Literal
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from r1jax.config import RunConfig
+from r1jax.config.errors import need
+from r1jax.data.prompts import Prompts, longest_answerable, read_prompts, with_solutions
+from r1jax.data.splits import load_split
+from r1jax.experience.batches import Geometry, make_geometry
+from r1jax.experience.plan import GenerationPlan, make_generation_plan
+from r1jax.rewards.registry import Reward, check_columns, make_rewards
+
+Split = Literal["train", "test"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is asked, what earns, and in what order."""
+
+    train: Prompts
+    held_out: Prompts | None
+    rewards: tuple[Reward, ...]
+    plan: GenerationPlan
+    geometry: Geometry
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for runs whose steps ask the same."""
+        return f"{self.plan.fingerprint}-{self.train.fingerprint}"
+
+
+def read_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positions: int, shards: int) -> Task:
+    """Prompts, rewards and the plan; raises `UserError` for whatever does not fit together.
+
+    max_positions: tokens that the model can see; shards: how many ways the rows of a batch are split.
+    """
+    if config.vllm.rollout_engine != "jax":
+        advice = "a vLLM server cannot be used yet: --rollout_engine jax samples on the trainer's own devices"
+        raise need("rollout_engine", "jax", config.vllm.rollout_engine, advice)
+    rewards = make_rewards(config.rewards, config.code_rewards)
+    evaluates = config.reporting.do_eval or config.reporting.eval_strategy != "no"
+    splits: tuple[Split, ...] = ("train", "test") if evaluates else ("train",)
+    prompts = {which: _read(config, which, rewards, tokenizer) for which in splits}
+    limits = (config.sampling.max_completion_length, max_positions)
+    longest = max(longest_answerable(found, *limits) for found in prompts.values())
+    plan = make_generation_plan(config, len(prompts["train"]), shards)
+    geometry = make_geometry(
+        longest=longest,
+        shortest=int(prompts["train"].lengths.min()) + 1,
+        num_sequences=plan.completions_per_step,
+        per_device=config.batch.per_device_train_batch_size,
+        shards=shards,
+    )
+    return Task(train=prompts["train"], held_out=prompts.get("test"), rewards=rewards, plan=plan, geometry=geometry)
+
+
+def _read(config: RunConfig, which: Split, rewards: tuple[Reward, ...], tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    rows = load_split(config.data, which, config.mixture)
+    assert isinstance(rows, datasets.Dataset), "dataset_streaming is a key of sft"
+    rows = with_solutions(rows, config.rewards.dataset_solution_column)
+    prompts = read_prompts(rows, config.data, config.sampling, tokenizer)
+    check_columns(rewards, rows.column_names)
+    return prompts

@@ -1,0 +1,71 @@
+"""The start of a run's output_dir, alike for every task: what is there, where to go on, and who writes from now on."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from r1jax.checkpoints.orbax import FOLDER, Checkpoints
+from r1jax.config import RunConfig, to_yaml
+from r1jax.training.publish import Publisher
+from r1jax.training.recorder import Report
+from r1jax.training.resume import Start, find_start, goes_on
+from r1jax.training.saving import Keeper, StepPlan, best_so_far, open_recorder
+from r1jax.training.source import Source, model_files
+from r1jax.training.state import StateLayout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opening:
+    """An output_dir that a run may use; nothing of it is written yet."""
+
+    checkpoints: Checkpoints
+    publisher: Publisher
+    start: Start | None
+    """The checkpoint to go on from; None to start afresh."""
+
+
+@contextlib.contextmanager
+def opened(config: RunConfig, source: Source) -> Iterator[Opening]:
+    """The run's output_dir as it is found; raises `UserError` where it cannot be used as the recipe asks."""
+    directory = Path(config.run.output_dir) / FOLDER
+    checkpoints = Checkpoints(directory, config.checkpoint.save_total_limit, model_files=model_files(source))
+    publisher = Publisher(config)
+    with contextlib.closing(checkpoints):
+        if not goes_on(config.run, checkpoints):
+            publisher.refuse_taken_branch()
+        yield Opening(checkpoints=checkpoints, publisher=publisher, start=find_start(config.run, checkpoints))
+
+
+def begin_writing(
+    config: RunConfig,
+    source: Source,
+    layout: StateLayout,
+    opening: Opening,
+    *,
+    plan: StepPlan,
+    fingerprint: str,
+    report: Report,
+) -> Keeper:
+    """What keeps the run's results from now on; config.yaml is written and metrics are cut back to the start.
+
+    fingerprint: of what the steps train on; report: how a task's sums become metrics. The keeper's recorder is the
+    caller's to close.
+    """
+    output_dir = Path(config.run.output_dir)
+    if jax.process_index() == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(to_yaml(config))
+    opening.publisher.start()
+    return Keeper(
+        config=config,
+        source=source,
+        layout=layout,
+        checkpoints=opening.checkpoints,
+        recorder=open_recorder(config, plan, report, opening.start.metadata if opening.start else {}),
+        fingerprint=fingerprint,
+        best=best_so_far(config, opening.start, opening.checkpoints),
+        publisher=opening.publisher,
+    )
