@@ -7,10 +7,13 @@ prompts -> rollouts -> rewards -> advantages -> PackedBatch -> step
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from r1jax.config import RunConfig
 from r1jax.config.folders import check_folder
@@ -27,6 +30,8 @@ from r1jax.optimizer import make_schedule
 from r1jax.rewards.grading import Graders
 from r1jax.rollout.engine import EmbeddedEngine
 from r1jax.rollout.settings import settings_of
+from r1jax.rollout.slots import room_on
+from r1jax.rollout.weights import sampling_mesh
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.trackers.open import check_trackers
@@ -59,7 +64,12 @@ def run(config: RunConfig) -> None:
     with opened(config, source) as opening:
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(
-            config, source.decoder, layout, task.geometry.row_length, rows=task.geometry.rows_per_shard
+            config,
+            source.decoder,
+            layout,
+            task.geometry.row_length,
+            rows=task.geometry.rows_per_shard,
+            cache_bytes=cache_bytes(config, source, layout, task),
         )
         # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
         state, reference, kept = begin(config, source, layout, task, opening)
@@ -71,6 +81,14 @@ def run(config: RunConfig) -> None:
             state, done = train_policy(config, source, layout, task, collector, state, reference, kept, keeper)
             if done == task.plan.num_steps:
                 keeper.finish(done, state)
+
+
+def cache_bytes(config: RunConfig, source: Source, layout: StateLayout, task: Task) -> int:
+    """The most that sampling's keys and values take on a device of this process."""
+    room = room_on(sampling_mesh(layout.mesh), source.decoder, config.model.compute_dtype)
+    prompts = math.ceil(task.plan.prompts_per_generation / jax.process_count())
+    longest = max(int(found.lengths.max()) for found in (task.train, task.held_out) if found is not None)
+    return room.cache_bytes(prompts, task.plan.num_generations, longest, config.sampling.max_completion_length)
 
 
 def begin(

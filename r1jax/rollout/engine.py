@@ -1,10 +1,8 @@
 """Who draws the rollouts of a run: the `RolloutEngine` protocol, and the engine embedded in the trainer's process."""
 
-import os
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -12,17 +10,10 @@ from r1jax.batch import Rollout, Turn, VersionSpan
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import DecodeParams
 from r1jax.models.parameters import Params
-from r1jax.rollout.programs import windows
 from r1jax.rollout.sampler import Completion, Sampler, check_prompt
 from r1jax.rollout.settings import SamplingSettings
+from r1jax.rollout.slots import room_on
 from r1jax.rollout.weights import WeightSync
-
-CACHE_PER_WEIGHTS = 8
-"""Bytes of cache for each byte of weights, all slots together. A step reads both: at 8 the weights are a ninth of it
-and more slots gain little (the quickstart's model: 37,000 tokens/s in 128 slots, 17,000 in 1024, on two CPU cores)."""
-CACHE_SHARE = 0.25
-"""Of a device's memory, which the trainer's state lives in too: the most that caches may take."""
-FEWEST_SLOTS = 16
 
 
 @runtime_checkable
@@ -69,6 +60,7 @@ class EmbeddedEngine:
         suggest. Raises `UserError` where a tensor group is spread over processes."""
         self._config, self._settings, self._max_slots = config, settings, max_slots
         self._weights = WeightSync(config, mesh, dtype)
+        self._room = room_on(self._weights.mesh, config, dtype)
         self._params: DecodeParams | None = None
         self._version = 0
 
@@ -102,7 +94,7 @@ class EmbeddedEngine:
             num_generations=num_generations,
             prompt_ids=prompt_ids,
             step=step,
-            batch_size=self._max_slots or self._default_slots(prompts, settings),
+            batch_size=self._max_slots or self._room.slots(max(map(len, prompts), default=1), settings.max_new_tokens),
         )
         return [
             [_rollout(prompt, one, prompt_id, sample, self._version) for sample, one in enumerate(completions)]
@@ -112,23 +104,6 @@ class EmbeddedEngine:
     def close(self) -> None:
         """Lets go of the weights."""
         self._params = None
-
-    def _default_slots(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> int:
-        longest = max(map(len, prompts), default=1)
-        slots, tensor = self._weights.mesh.devices.shape
-        device = self._weights.mesh.devices.flat[0]
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
-        budget = min(CACHE_PER_WEIGHTS * weights, tensor * CACHE_SHARE * _memory_bytes(device))
-        width = 2 * self._config.num_layers * self._config.num_kv_heads * self._config.head_dim
-        # As if each sample had a prompt of its own: of a group of one.
-        slot = width * (longest + windows(settings.max_new_tokens)[-1]) * jax.tree.leaves(self._params)[0].itemsize
-        return slots * max(FEWEST_SLOTS, int(budget // slot))
-
-
-def _memory_bytes(device: Any) -> int:
-    """The device's memory; for a CPU device its part of the machine's."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def _rollout(prompt: Sequence[int], completion: Completion, prompt_id: int, sample: int, version: int) -> Rollout:

@@ -140,10 +140,15 @@ def _rounded(number: int) -> int:
     return -(-number // unit) * unit
 
 
+def prompt_bucket(longest: int) -> int:
+    """Tokens that a batch of prompts is padded to: a power of two."""
+    return max(16, 1 << (longest - 1).bit_length())
+
+
 def _prompts(units: list[_Unit], width: int) -> Prompts:
-    """The units side by side, prompts padded to a power of two."""
+    """The units side by side."""
     longest = max(len(unit.prompt) for unit in units)
-    tokens = np.zeros((len(units), max(16, 1 << (longest - 1).bit_length())), np.int32)
+    tokens = np.zeros((len(units), prompt_bucket(longest)), np.int32)
     for row, unit in enumerate(units):
         tokens[row, : len(unit.prompt)] = unit.prompt
     first = _int32([unit.samples.start for unit in units])
