@@ -6,7 +6,7 @@ A recipe is a mapping of keys. Runs are assembled as `grpo.run` does it, on one 
 import dataclasses
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from r1jax.rewards.registry import make_rewards
 from r1jax.training.reference import Reference
 from r1jax.training.state import TrainState
 from tests.grpo.world import assembled, metrics
-
-Observer = Callable[[Mapping[str, Any]], Any]
 
 
 def plan(keys: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ from r1jax.trackers.wandb import export_names
 from r1jax.training.cadence import make_cadence
 from r1jax.training.source import Source, read_source, ready_for
 from r1jax.training.state import StateLayout, lay_out
-
-Observer = Callable[[Mapping[str, Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,7 @@
 A key is added to CASES with a line: where it shows, a value that is not the default, keys that must stand beside it.
 """
 
-import dataclasses
-import functools
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,24 +12,8 @@ import pytest
 
 from r1jax.config import schema
 from tests.grpo.world import keys, opened_world
-from tests.keys.grpo_observers import Observer, batch, evaluation, graders, plan, program, rewards, run
-
-TESTS = Path(__file__).resolve().parent.parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Where a key shows, and two values of it: `before` None leaves it as the recipe has it."""
-
-    observer: Observer
-    value: Any
-    beside: dict[str, Any]
-    before: Any = None
-
-
-def at(observer: Observer, value: Any, before: Any = None, **beside: Any) -> Case:
-    return Case(observer, value, beside, before)
-
+from tests.keys.case import Case, Observer, assert_named, at, forget, look, look_again
+from tests.keys.grpo_observers import batch, evaluation, graders, plan, program, rewards, run
 
 REFERENCE = {"beta": 0.1, "max_steps": 3}
 MOVING = {**REFERENCE, "sync_ref_model": True, "learning_rate": 1e-2}
@@ -114,7 +95,7 @@ NOT_BUILT = frozenset(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with opened_world(tmp_path_factory.mktemp("grpo-keys")) as place:
         yield place
-        observed.cache_clear()
+        forget()
 
 
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -123,25 +104,10 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     return json.loads(text.replace("{folder}", str(folder)))
 
 
-@functools.cache
-def observed(observer: Observer, content: str, number: int) -> Any:
-    return observer(json.loads(content) | {"output_dir": f"{json.loads(content)['output_dir']}-{number}"})
-
-
-_numbers: dict[str, int] = {}
-
-
-def look(observer: Observer, content: dict[str, Any]) -> Any:
-    """What the observer sees, once for each recipe."""
-    text = json.dumps(content, sort_keys=True)
-    return observed(observer, text, _numbers.setdefault(text, len(_numbers)))
-
-
 @pytest.mark.parametrize("key", CASES)
 def test_changing_it_changes_something(key: str, folder: Path) -> None:
     case = CASES[key]
-    before = recipe(folder, **case.beside | ({} if case.before is None else {key: case.before}))
-    after = recipe(folder, **case.beside | {key: case.value})
+    before, after = (recipe(folder, **changes) for changes in case.changes(key))
     assert before != after
     assert look(case.observer, before) != look(case.observer, after)
 
@@ -152,12 +118,12 @@ def test_the_same_recipe_shows_the_same(observer: Observer, folder: Path) -> Non
     changes = {"reward_funcs": ["format"]} if observer is rewards else {}
     evaluated = {"do_eval": True, "dataset_test_file": "{folder}/test.jsonl"} if observer is evaluation else {}
     content = recipe(folder, **changes, **evaluated)
-    assert look(observer, content) == observed(observer, json.dumps(content, sort_keys=True), -1)
+    assert look(observer, content) == look_again(observer, content)
 
 
 def test_the_same_run_twice_is_the_same(folder: Path) -> None:
     content = recipe(folder, max_steps=2, log_completions=True)
-    assert look(run, content) == observed(run, json.dumps(content, sort_keys=True), -1)
+    assert look(run, content) == look_again(run, content)
 
 
 def test_every_key_has_a_case_or_a_reason() -> None:
@@ -168,6 +134,4 @@ def test_every_key_has_a_case_or_a_reason() -> None:
 
 @pytest.mark.parametrize("key", ELSEWHERE)
 def test_the_test_that_is_named_is_there(key: str) -> None:
-    found = re.search(r"([\w/]+\.py)::(\w+)$", ELSEWHERE[key])
-    assert found, ELSEWHERE[key]
-    assert f"def {found[2]}(" in (TESTS / found[1]).read_text()
+    assert_named(ELSEWHERE[key])

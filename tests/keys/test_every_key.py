@@ -3,10 +3,7 @@
 A key is added to CASES with a line: where it shows, a value that is not the default, keys that must stand beside it.
 """
 
-import dataclasses
-import functools
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,26 +12,9 @@ import datasets.config
 import pytest
 
 from r1jax.config import schema
-from tests.keys.observers import Observer, batch, environment, program, reading, rhythm, run
+from tests.keys.case import Case, Observer, assert_named, at, forget, look, look_again
+from tests.keys.observers import batch, environment, program, reading, rhythm, run
 from tests.tiny import TEMPLATE, chats, sums, write_model, write_rows
-
-TESTS = Path(__file__).resolve().parent.parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Where a key shows, and two values of it: `before` None leaves it out."""
-
-    observer: Observer
-    value: Any
-    beside: dict[str, Any]
-    before: Any = None
-
-
-def at(observer: Observer, value: Any, before: Any = None, **beside: Any) -> Case:
-    """{folder} in a text stands for the folder with models and rows."""
-    return Case(observer, value, beside, before)
-
 
 EVALUATES = {"do_eval": True, "dataset_test_file": "{folder}/test.jsonl"}
 NAMED = {"dataset_train_file": None, "dataset_name": "{folder}/data"}
@@ -191,7 +171,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
         yield place
-        observed.cache_clear()
+        forget()
 
 
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -205,25 +185,10 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     return json.loads(text.replace("{folder}", str(folder)))
 
 
-@functools.cache
-def observed(observer: Observer, keys: str, number: int) -> Any:
-    return observer(json.loads(keys) | {"output_dir": f"{json.loads(keys)['model_name_or_path']}-out-{number}"})
-
-
-_numbers: dict[str, int] = {}
-
-
-def look(observer: Observer, keys: dict[str, Any]) -> Any:
-    """What the observer sees, once for each recipe."""
-    text = json.dumps(keys, sort_keys=True)
-    return observed(observer, text, _numbers.setdefault(text, len(_numbers)))
-
-
 @pytest.mark.parametrize("key", CASES)
 def test_changing_it_changes_something(key: str, folder: Path) -> None:
     case = CASES[key]
-    before = recipe(folder, **case.beside | ({} if case.before is None else {key: case.before}))
-    after = recipe(folder, **case.beside | {key: case.value})
+    before, after = (recipe(folder, **changes) for changes in case.changes(key))
     assert before != after
     assert look(case.observer, before) != look(case.observer, after)
 
@@ -231,8 +196,7 @@ def test_changing_it_changes_something(key: str, folder: Path) -> None:
 @pytest.mark.parametrize("observer", [batch, program, rhythm, environment, reading, run])
 def test_the_same_recipe_shows_the_same(observer: Observer, folder: Path) -> None:
     """Otherwise a difference would prove nothing."""
-    text = json.dumps(recipe(folder), sort_keys=True)
-    assert look(observer, recipe(folder)) == observed(observer, text, -1)
+    assert look(observer, recipe(folder)) == look_again(observer, recipe(folder))
 
 
 def test_every_key_has_a_case_or_a_reason() -> None:
@@ -242,6 +206,4 @@ def test_every_key_has_a_case_or_a_reason() -> None:
 
 @pytest.mark.parametrize("key", ELSEWHERE)
 def test_the_test_that_is_named_is_there(key: str) -> None:
-    found = re.search(r"([\w/]+\.py)::(\w+)$", ELSEWHERE[key])
-    assert found, ELSEWHERE[key]
-    assert f"def {found[2]}(" in (TESTS / found[1]).read_text()
+    assert_named(ELSEWHERE[key])
