@@ -42,6 +42,7 @@ from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
+from r1jax.training.order import DataOrder, data_order
 from r1jax.training.profiling import profiled
 from r1jax.training.publish import Publisher
 from r1jax.training.reference import Reference
@@ -65,10 +66,9 @@ class Task:
     plan: GenerationPlan
     geometry: Geometry
 
-    @property
-    def fingerprint(self) -> str:
-        """Equal for runs whose steps ask the same."""
-        return f"{self.plan.fingerprint}-{self.train.fingerprint}"
+    def fingerprint_at(self, completions_per_micro_batch: int) -> str:
+        """Equal for runs whose steps ask the same, with micro-batches of so many completions."""
+        return f"{self.plan.fingerprint_at(completions_per_micro_batch)}-{self.train.fingerprint}"
 
 
 def run(config: RunConfig) -> None:
@@ -80,6 +80,7 @@ def run(config: RunConfig) -> None:
     source = read_source(config)
     mesh = make_mesh(config.mesh)
     task = read_task(config, source, data_shards(mesh))
+    order = data_order(config, data_shards(mesh), task.fingerprint_at, task.plan.num_completions)
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit, model_files=model_files(source))
     publisher = Publisher(config)
@@ -87,12 +88,15 @@ def run(config: RunConfig) -> None:
         if not goes_on(config.run, checkpoints):
             publisher.refuse_taken_branch()
         start = find_start(config.run, checkpoints)
+        if start is not None:
+            order.check(start.metadata)
+            storage.check(start.metadata, with_reference=bool(config.grpo.beta))
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(
             config, source.decoder, layout, task.geometry.row_length, rows=task.geometry.rows_per_shard
         )
         # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
-        state, reference, kept = begin(config, source, layout, task, start, checkpoints)
+        state, reference, kept = begin(config, source, layout, task, order, start, checkpoints)
         if jax.process_index() == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "config.yaml").write_text(to_yaml(config))
@@ -105,7 +109,7 @@ def run(config: RunConfig) -> None:
             layout=layout,
             checkpoints=checkpoints,
             recorder=recorder,
-            fingerprint=task.fingerprint,
+            order=order,
             best=best_so_far(config, start, checkpoints),
             publisher=publisher,
         )
@@ -144,7 +148,13 @@ def read_task(config: RunConfig, source: Source, shards: int) -> Task:
 
 
 def begin(
-    config: RunConfig, source: Source, layout: StateLayout, task: Task, start: Start | None, own: Checkpoints
+    config: RunConfig,
+    source: Source,
+    layout: StateLayout,
+    task: Task,
+    order: DataOrder,
+    start: Start | None,
+    own: Checkpoints,
 ) -> tuple[TrainState, Reference | None, dict[int, Any]]:
     """(the state, the reference if there is a KL term, the batches that a checkpoint has kept for its next steps)."""
     reference, params = None, None
@@ -155,15 +165,14 @@ def begin(
     if start is None:
         return start_state(params, config.optimizer, layout), reference, {}
     del params
-    storage.check(start.metadata, with_reference=reference is not None)
     beside = {
         **(reference.abstract() if reference else {}),
         **storage.abstract(start.metadata, layout.batch),
     }
-    state, trees = restore_beside(start, own, layout, task.fingerprint, beside)
+    state, trees = restore_beside(start, own, layout, order, beside)
     if reference:
         reference.take(trees)
-    return state, reference, storage.restored(trees, start.metadata)
+    return state, reference, storage.restored(trees, start.metadata, task.geometry, layout.batch)
 
 
 def open_graders(config: RunConfig, task: Task) -> Graders:

@@ -33,6 +33,7 @@ from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
+from r1jax.training.order import data_order
 from r1jax.training.profiling import profiled
 from r1jax.training.publish import Publisher
 from r1jax.training.resume import check_start, find_start, goes_on, restore
@@ -70,6 +71,7 @@ def run(config: RunConfig) -> None:
     source = ready_for(config, source, [split.row_format for split in splits.values()])
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
+    order = data_order(config, data_shards(mesh), train.plan.fingerprint_at)
     checkpoints = Checkpoints(output_dir / FOLDER, config.checkpoint.save_total_limit, model_files=model_files(source))
     publisher = Publisher(config)
     with contextlib.closing(checkpoints):
@@ -77,12 +79,12 @@ def run(config: RunConfig) -> None:
             publisher.refuse_taken_branch()
         start = find_start(config.run, checkpoints)
         if start is not None:
-            check_start(start, layout, train.plan.fingerprint)
+            check_start(start, layout, order)
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(config, source.decoder, layout, train.plan.longest_row)
         # 3. The state: resumed, or the pretrained weights, or fresh ones.
         if start is not None:
-            state = restore(start, checkpoints, layout, train.plan.fingerprint)
+            state = restore(start, checkpoints, layout, order)
         else:
             state = start_state(first_params(config, source, layout), config.optimizer, layout)
         if jax.process_index() == 0:
@@ -98,7 +100,7 @@ def run(config: RunConfig) -> None:
             layout=layout,
             checkpoints=checkpoints,
             recorder=recorder,
-            fingerprint=train.plan.fingerprint,
+            order=order,
             best=best,
             publisher=publisher,
         )

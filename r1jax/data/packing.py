@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -157,12 +158,22 @@ class Plan:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for plans with the same steps; not of how many steps the run has, so that it can be prolonged."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.lengths, "<i4").tobytes())
-        geometry = (self.packed_rows is not None, self.max_length, self.rows_per_micro_batch, self.max_micro_batches)
+        """Equal for plans whose steps have the same rows, however these are divided into micro-batches; not of how many
+        steps the run has, so that it can be prolonged."""
+        return self.fingerprint_at(1)
+
+    def fingerprint_at(self, rows_per_micro_batch: int) -> str:
+        """The fingerprint that names micro-batches of so many rows, which must divide a step."""
+        digest = self._lengths_digest.copy()
+        split = (rows_per_micro_batch, self.units_per_step // rows_per_micro_batch)
+        geometry = (self.packed_rows is not None, self.max_length, *split)
         strategy = () if self.packed_rows is None or self.strategy == "bfd" else (self.strategy,)
         digest.update(repr((1, *geometry, self.seed, self.shuffle, *strategy)).encode())  # 1: this module's algorithm
         return digest.hexdigest()[:32]
+
+    @functools.cached_property
+    def _lengths_digest(self) -> Any:
+        return hashlib.sha256(np.ascontiguousarray(self.lengths, "<i4").tobytes())
 
     def step(self, index: int) -> StepRows:
         """The rows of step `index`; epochs follow each other without end, each with its own order."""

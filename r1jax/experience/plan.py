@@ -71,9 +71,16 @@ class GenerationPlan:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for plans with the same steps; not of how many steps the run has, so that it can be prolonged."""
-        fields = dataclasses.asdict(dataclasses.replace(self, num_steps=0))
-        return hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:32]
+        """Equal for plans with the same completions in each step, however these are divided into micro-batches; not of
+        how many steps the run has, so that it can be prolonged."""
+        return self.fingerprint_at(1)
+
+    def fingerprint_at(self, completions_per_micro_batch: int) -> str:
+        """The fingerprint that names micro-batches of so many completions, a divisor of steps and generations."""
+        counts = (self.num_completions, self.completions_per_step)
+        slices, per_step = (count // completions_per_micro_batch for count in counts)
+        plan = dataclasses.replace(self, num_steps=0, num_slices=slices, slices_per_step=per_step)
+        return hashlib.sha256(repr(sorted(dataclasses.asdict(plan).items())).encode()).hexdigest()[:32]
 
     def prompts(self, generation: int) -> np.ndarray:
         """int64: the numbers of the prompts of a generation batch, all different."""
