@@ -184,3 +184,25 @@ def test_fingerprint_tells_plans_apart_but_not_their_duration():
     prints = {plan(full, strategy=strategy).fingerprint for strategy in ("bfd", "bfd_split", "wrapped")}
     assert len(prints) == 3
     assert plan(full, packing=False, strategy="wrapped").fingerprint == plan(full, packing=False).fingerprint
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_has_the_same_rows_in_any_micro_batches(packing):
+    """8 rows a step as 4 x 2 above, as 8 x 1, 2 x 4 and 1 x 8: a run may go on with another split."""
+    plans = [
+        plan(
+            random_lengths(333), packing=packing, rows_per_micro_batch=rows, max_micro_batches=8 // rows, num_epochs=2.0
+        )
+        for rows in (4, 8, 2, 1)
+    ]
+    assert len({one.num_steps for one in plans}) == len({one.fingerprint for one in plans}) == 1
+    for step in range(plans[0].num_steps):
+        rows = {tuple(row for row in one.step(step).rows if row) for one in plans}
+        assert len(rows) == 1
+
+
+def test_fingerprints_that_name_micro_batches_are_those_of_older_checkpoints():
+    """The value that was written when fingerprints held rows per micro-batch and micro-batches fast."""
+    a_plan = plan([3, 4, 1])
+    assert a_plan.fingerprint_at(4) == "c29532d68425f7f809eb63916f770570"
+    assert a_plan.fingerprint == a_plan.fingerprint_at(1) != a_plan.fingerprint_at(4)

@@ -80,8 +80,8 @@ def test_the_lines() -> None:
     several = {**GRPO, "steps_per_generation": 4}
     assert refusal(order(4, several), order(8, several).about()) == (
         "per_device_train_batch_size: need 16 completions a step and 32 a generation as in the checkpoint "
-        "(1 per device x 8 data shards x 2), got 8 and 16 a generation (1 x 4 x 2); set gradient_accumulation_steps: 4, "
-        "steps_per_generation: 8"
+        "(1 per device x 8 data shards x 2), got 8 and 16 a generation (1 x 4 x 2); "
+        "set gradient_accumulation_steps: 4, steps_per_generation: 8"
     )
     held = {**GRPO, "loss_type": "bnpo"}
     assert refusal(order(4, held), order(8, held).about()) == (
