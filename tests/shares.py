@@ -1,0 +1,47 @@
+"""One process of test_processes: starts as sft.run does and writes down its share. Arguments: CONFIG FOLDER."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from r1jax import sft
+from r1jax.checkpoints.hf import load_from
+from r1jax.checkpoints.tensor_files import TensorFiles
+from r1jax.config import load
+from r1jax.objectives.reductions import nll_mean
+from r1jax.sharding.mesh import data_shards, initialize_processes, make_mesh
+from r1jax.sharding.placement import local_rows
+from r1jax.training.source import read_source
+from r1jax.training.state import lay_out, start_state
+
+
+def resident(tree: object) -> int:
+    """Bytes of the arrays that lie on this process's devices."""
+    return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
+
+
+def main(config_file: str, folder: Path) -> None:
+    initialize_processes()
+    config = load(["--config", config_file]).config
+    source, mesh = read_source(config), make_mesh(config.mesh)
+    layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
+    with TensorFiles(source.directory) as files:
+        params = load_from(files, source.decoder, layout.shardings.params)
+        read = files.bytes_read
+    state = start_state(params, config.optimizer, layout)
+    train, _ = sft.tokenise_splits(config, source, sft.load_splits(config), data_shards(mesh))
+    (_, batch), *_ = sft.device_batches(train, layout, nll_mean, 0)
+    share = {
+        "read": read,
+        "params": resident(state.params),
+        "optimizer": resident(state.optimizer),
+        "rows": local_rows(layout.batch, train.plan.rows_per_micro_batch),
+        "batch": resident(batch.tokens) / batch.tokens.nbytes,
+    }
+    (folder / f"share.{jax.process_index()}").write_text(json.dumps(share))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
