@@ -35,13 +35,14 @@ def succeed(processes: int, devices: int, config: Path, *words: str, **more: str
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
-    """The state in a run's checkpoint, as numpy arrays by "params/embed/embedding"."""
+    """The parameters and the moments in a run's checkpoint, as numpy arrays by "params/embed/embedding"."""
     path = folder / "checkpoints" / str(step) / "state"
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(path).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         leaves = jax.tree_util.tree_leaves_with_path(reader.restore(path, restore_args=as_numpy))
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+    named = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+    return {name: leaf for name, leaf in named.items() if name.startswith(("params/", "optimizer/"))}
 
 
 def assert_near(found: dict[str, Any], wanted: dict[str, Any], relative: float = 1e-5) -> None:
