@@ -1,5 +1,6 @@
 """Runs over several processes on this machine, as launch/local.sh starts them, and what their checkpoints hold."""
 
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,16 @@ def succeed(processes: int, devices: int, config: Path, *words: str, **more: str
     """Returns when the run has ended well."""
     done = launch(processes, devices, config, *words, **more)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def scored(folder: Path) -> dict[int, list[list[int]]]:
+    """The prompts of the completions that each process has scored, by the updates done; from SCORED_IN, the folder of
+    `tiny_rewards:noted`."""
+    found: dict[int, list[list[int]]] = {}
+    for path in sorted(folder.iterdir()):
+        for step, prompts in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(step, []).append(prompts)
+    return found
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:

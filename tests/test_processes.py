@@ -22,7 +22,7 @@ from r1jax.checkpoints.hf_export import export
 from r1jax.models.families import decoder_config
 from r1jax.models.parameters import init_params
 from tests.grpo.world import metrics, opened_world, recipe, write_rows
-from tests.processes import ROOT, assert_near, environment, saved, succeed
+from tests.processes import ROOT, assert_near, environment, saved, scored, succeed
 
 STEPS = 10
 # Python runs it at the start of every process of a test: files then tell by their permissions who has made them.
@@ -205,14 +205,12 @@ def shares(world: Path, processes: int, config: Path) -> list[dict[str, Any]]:
 def test_a_process_scores_the_prompts_that_it_samples(run: Callable[..., Path], processes: int) -> None:
     """Of each generation's eight prompts everyone has as many as the others, with all their completions."""
     folder = run("grpo", 3, processes)
-    seen: dict[int, list[set[int]]] = {}
-    for number in range(processes):
-        lines = (folder.parent / f"scored-{folder.name}" / str(number)).read_text().splitlines()
-        for step, prompts in map(json.loads, lines):
-            assert len(prompts) == 4 * len(set(prompts)) == 32 // processes
-            seen.setdefault(step, []).append(set(prompts))
+    seen = scored(folder.parent / f"scored-{folder.name}")
     assert list(seen) == list(range(0, STEPS, 2))
-    assert all(len(set.union(*parts)) == sum(map(len, parts)) == 8 for parts in seen.values())
+    for parts in seen.values():
+        assert [len(part) for part in parts] == [32 // processes] * processes
+        assert all(part.count(prompt) == 4 for part in parts for prompt in part)
+        assert len(set().union(*parts)) == 8
 
 
 # (processes, devices of each, updates done at its end, changed keys)
