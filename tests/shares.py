@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,9 +23,9 @@ def resident(tree: object) -> int:
     return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
 
 
-def main(config_file: str, folder: Path) -> None:
-    initialize_processes()
-    config = load(["--config", config_file]).config
+def share_of(config_file: Path) -> dict[str, Any]:
+    """This process's part of a run: bytes of weights that it reads, of what lies on its devices, and rows."""
+    config = load(["--config", str(config_file)]).config
     source, mesh = read_source(config), make_mesh(config.mesh)
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     with TensorFiles(source.directory) as files:
@@ -33,15 +34,19 @@ def main(config_file: str, folder: Path) -> None:
     state = start_state(params, config.optimizer, layout)
     train, _ = sft.tokenise_splits(config, source, sft.load_splits(config), data_shards(mesh))
     (_, batch), *_ = sft.device_batches(train, layout, nll_mean, 0)
-    share = {
+    return {
         "read": read,
         "params": resident(state.params),
         "optimizer": resident(state.optimizer),
         "rows": local_rows(layout.batch, train.plan.rows_per_micro_batch),
         "batch": resident(batch.tokens) / batch.tokens.nbytes,
     }
-    (folder / f"share.{jax.process_index()}").write_text(json.dumps(share))
+
+
+def main(config_file: Path, folder: Path) -> None:
+    initialize_processes()
+    (folder / f"share.{jax.process_index()}").write_text(json.dumps(share_of(config_file)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -23,6 +23,7 @@ from r1jax.models.families import decoder_config
 from r1jax.models.parameters import init_params
 from tests.grpo.world import metrics, opened_world, recipe, write_rows
 from tests.processes import ROOT, assert_near, environment, saved, scored, succeed
+from tests.shares import share_of
 
 STEPS = 10
 # Python runs it at the start of every process of a test: files then tell by their permissions who has made them.
@@ -105,7 +106,7 @@ def assert_same_run(found: Path, wanted: Path, *, generations: int) -> None:
         losses = [[row[name] for row in log if name in row] for log in logs]
         np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-7)
         assert len(losses[0]) == {"loss": STEPS, "eval_loss": 0 if generations else 2}[name]
-    assert_near(*(saved(folder, STEPS) for folder in (found, wanted)))
+    assert_near(saved(found, STEPS), saved(wanted, STEPS))
     tables = [
         {path.name: pq.read_table(path).to_pydict() for path in (folder / "completions").glob("*")}
         for folder in (found, wanted)
@@ -172,8 +173,8 @@ def writer(path: Path) -> int:
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=slow)])
 def test_a_process_loads_its_share_of_weights_and_builds_its_rows(world: Path, processes: int) -> None:
     """Bytes of weights that are read, bytes of state and batch on its devices: a part each, and together all."""
-    found = shares(world, processes, config_of(world, "sft", f"shares-{processes}", zero_stage=3))
-    whole = shares(world, 1, config_of(world, "sft", "shares-1", zero_stage=3))[0]
+    config = config_of(world, "sft", f"shares-of-{processes}", zero_stage=3)
+    found, whole = shares(world, processes, config), share_of(config)
     for name in ("read", "params", "optimizer"):
         assert max(share[name] for share in found) < 1.1 * whole[name] / processes, name
     assert [share["batch"] for share in found] == [1 / processes] * processes
@@ -182,7 +183,7 @@ def test_a_process_loads_its_share_of_weights_and_builds_its_rows(world: Path, p
 
 def shares(world: Path, processes: int, config: Path) -> list[dict[str, Any]]:
     """What tests/shares.py writes, of each process."""
-    folder = world / f"shares-of-{processes}"
+    folder = world / f"shares-{processes}"
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -59,7 +59,7 @@ def abstract(metadata: Mapping[str, Any], sharding: NamedSharding) -> dict[str, 
             )
             for name in batch["leaves"]
         }
-        for at, batch in enumerate(metadata[NAME]["batches"] if NAME in metadata else ())
+        for at, batch in enumerate(metadata.get(NAME, {}).get("batches", []))
     }
     return {NAME: trees} if trees else {}
 
