@@ -156,14 +156,9 @@ class Plan:
             return self.max_length
         return bucket_length(int(self.lengths.max()), self.max_length)
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Equal for plans whose steps have the same rows, however these are divided into micro-batches; not of how many
-        steps the run has, so that it can be prolonged."""
-        return self.fingerprint_at(1)
-
     def fingerprint_at(self, rows_per_micro_batch: int) -> str:
-        """The fingerprint that names micro-batches of so many rows, which must divide a step."""
+        """Equal for plans whose steps have the same rows, in micro-batches of so many (a divisor of steps); at 1
+        whatever the plans' own are. Not of how many steps the run has, so that it can be prolonged."""
         digest = self._lengths_digest.copy()
         split = (rows_per_micro_batch, self.units_per_step // rows_per_micro_batch)
         geometry = (self.packed_rows is not None, self.max_length, *split)

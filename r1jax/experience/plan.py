@@ -6,7 +6,6 @@ gone through `num_iterations` times, `gradient_accumulation_steps` of them in on
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 
@@ -69,14 +68,10 @@ class GenerationPlan:
         """Whether some step trains on completions of an older policy than its own."""
         return self.steps_per_generation > 1
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Equal for plans with the same completions in each step, however these are divided into micro-batches; not of
-        how many steps the run has, so that it can be prolonged."""
-        return self.fingerprint_at(1)
-
     def fingerprint_at(self, completions_per_micro_batch: int) -> str:
-        """The fingerprint that names micro-batches of so many completions, a divisor of steps and generations."""
+        """Equal for plans with the same completions in each step, in micro-batches of so many (a divisor of steps and
+        generations); at 1 whatever the plans' own are. Not of how many steps the run has, so that it can be prolonged.
+        """
         counts = (self.num_completions, self.completions_per_step)
         slices, per_step = (count // completions_per_micro_batch for count in counts)
         plan = dataclasses.replace(self, num_steps=0, num_slices=slices, slices_per_step=per_step)
