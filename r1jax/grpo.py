@@ -39,6 +39,7 @@ from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.opening import Opening, begin_writing, opened
+from r1jax.training.order import DataOrder, data_order
 from r1jax.training.profiling import profiled
 from r1jax.training.reference import Reference
 from r1jax.training.resume import restore_beside
@@ -60,8 +61,12 @@ def run(config: RunConfig) -> None:
     mesh = make_mesh(config.mesh)
     limit = source.decoder.max_position_embeddings
     task = read_task(config, source.tokenizer, limit, data_shards(mesh))
+    order = data_order(config, data_shards(mesh), task.fingerprint_at, task.plan.num_completions)
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     with opened(config, source) as opening:
+        if opening.start is not None:
+            order.check(opening.start.metadata)
+            storage.check(opening.start.metadata, with_reference=bool(config.grpo.beta))
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(
             config,
@@ -72,10 +77,9 @@ def run(config: RunConfig) -> None:
             cache_bytes=cache_bytes(config, source, layout, task),
         )
         # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
-        state, reference, kept = begin(config, source, layout, task, opening)
+        state, reference, kept = begin(config, source, layout, task, order, opening)
         # 4. Training, then the model as others read it.
-        about = {"plan": task.plan, "fingerprint": task.fingerprint, "report": policy_metrics}
-        keeper = begin_writing(config, source, layout, opening, **about)
+        keeper = begin_writing(config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics)
         with contextlib.closing(keeper.recorder), out_of_memory_named(estimate), open_graders(config, task) as graders:
             collector = make_collector(config, source, layout, task, graders)
             state, done = train_policy(config, source, layout, task, collector, state, reference, kept, keeper)
@@ -92,7 +96,7 @@ def cache_bytes(config: RunConfig, source: Source, layout: StateLayout, task: Ta
 
 
 def begin(
-    config: RunConfig, source: Source, layout: StateLayout, task: Task, opening: Opening
+    config: RunConfig, source: Source, layout: StateLayout, task: Task, order: DataOrder, opening: Opening
 ) -> tuple[TrainState, Reference | None, dict[int, Any]]:
     """(the state, the reference if there is a KL term, the batches that a checkpoint has kept for its next steps)."""
     start, reference, params = opening.start, None, None
@@ -103,15 +107,14 @@ def begin(
     if start is None:
         return start_state(params, config.optimizer, layout), reference, {}
     del params
-    storage.check(start.metadata, with_reference=reference is not None)
     beside = {
         **(reference.abstract() if reference else {}),
         **storage.abstract(start.metadata, layout.batch),
     }
-    state, trees = restore_beside(start, opening.checkpoints, layout, task.fingerprint, beside)
+    state, trees = restore_beside(start, opening.checkpoints, layout, order, beside)
     if reference:
         reference.take(trees)
-    return state, reference, storage.restored(trees, start.metadata)
+    return state, reference, storage.restored(trees, start.metadata, task.geometry, layout.batch)
 
 
 def open_graders(config: RunConfig, task: Task) -> Graders:

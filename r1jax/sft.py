@@ -31,6 +31,7 @@ from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.opening import begin_writing, opened
+from r1jax.training.order import data_order
 from r1jax.training.profiling import profiled
 from r1jax.training.resume import check_start, restore
 from r1jax.training.saving import Keeper
@@ -66,19 +67,19 @@ def run(config: RunConfig) -> None:
     source = ready_for(config, source, [split.row_format for split in splits.values()])
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
+    order = data_order(config, data_shards(mesh), train.plan.fingerprint_at)
     with opened(config, source) as opening:
         if opening.start is not None:
-            check_start(opening.start, layout, train.plan.fingerprint)
+            check_start(opening.start, layout, order)
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(config, source.decoder, layout, train.plan.longest_row)
         # 3. The state: resumed, or the pretrained weights, or fresh ones.
         if opening.start is not None:
-            state = restore(opening.start, opening.checkpoints, layout, train.plan.fingerprint)
+            state = restore(opening.start, opening.checkpoints, layout, order)
         else:
             state = start_state(first_params(config, source, layout), config.optimizer, layout)
         # 4. Training, then the model as others read it.
-        about = {"plan": train.plan, "fingerprint": train.plan.fingerprint, "report": nll_metrics}
-        keeper = begin_writing(config, source, layout, opening, **about)
+        keeper = begin_writing(config, source, layout, opening, plan=train.plan, order=order, report=nll_metrics)
         with contextlib.closing(keeper.recorder), out_of_memory_named(estimate):
             state, done = train_model(config, source, layout, train, held_out, state, keeper)
             if done == train.plan.num_steps:

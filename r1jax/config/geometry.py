@@ -34,7 +34,9 @@ def generation_batch_size(batch: BatchConfig, sampling: SamplingConfig, data_sha
     slices = sampling.steps_per_generation or batch.gradient_accumulation_steps
     total = local * data_shards * slices
     rule = f"a divisor of the {total} completions of a generation batch ({local} per device x {data_shards} x {slices})"
-    require(total % group == 0, "num_generations", rule, group, "change it or per_device_train_batch_size")
+    factor = "gradient_accumulation_steps" if sampling.steps_per_generation is None else "steps_per_generation"
+    advice = f"change it, per_device_train_batch_size or {factor}"
+    require(total % group == 0, "num_generations", rule, group, advice)
     return total
 
 

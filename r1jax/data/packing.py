@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -155,14 +156,19 @@ class Plan:
             return self.max_length
         return bucket_length(int(self.lengths.max()), self.max_length)
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Equal for plans with the same steps; not of how many steps the run has, so that it can be prolonged."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.lengths, "<i4").tobytes())
-        geometry = (self.packed_rows is not None, self.max_length, self.rows_per_micro_batch, self.max_micro_batches)
+    def fingerprint_at(self, rows_per_micro_batch: int) -> str:
+        """Equal for plans whose steps have the same rows, in micro-batches of so many (a divisor of steps); at 1
+        whatever the plans' own are. Not of how many steps the run has, so that it can be prolonged."""
+        digest = self._lengths_digest.copy()
+        split = (rows_per_micro_batch, self.units_per_step // rows_per_micro_batch)
+        geometry = (self.packed_rows is not None, self.max_length, *split)
         strategy = () if self.packed_rows is None or self.strategy == "bfd" else (self.strategy,)
         digest.update(repr((1, *geometry, self.seed, self.shuffle, *strategy)).encode())  # 1: this module's algorithm
         return digest.hexdigest()[:32]
+
+    @functools.cached_property
+    def _lengths_digest(self) -> Any:
+        return hashlib.sha256(np.ascontiguousarray(self.lengths, "<i4").tobytes())
 
     def step(self, index: int) -> StepRows:
         """The rows of step `index`; epochs follow each other without end, each with its own order."""

@@ -6,7 +6,6 @@ gone through `num_iterations` times, `gradient_accumulation_steps` of them in on
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 
@@ -69,11 +68,14 @@ class GenerationPlan:
         """Whether some step trains on completions of an older policy than its own."""
         return self.steps_per_generation > 1
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Equal for plans with the same steps; not of how many steps the run has, so that it can be prolonged."""
-        fields = dataclasses.asdict(dataclasses.replace(self, num_steps=0))
-        return hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:32]
+    def fingerprint_at(self, completions_per_micro_batch: int) -> str:
+        """Equal for plans with the same completions in each step, in micro-batches of so many (a divisor of steps and
+        generations); at 1 whatever the plans' own are. Not of how many steps the run has, so that it can be prolonged.
+        """
+        counts = (self.num_completions, self.completions_per_step)
+        slices, per_step = (count // completions_per_micro_batch for count in counts)
+        plan = dataclasses.replace(self, num_steps=0, num_slices=slices, slices_per_step=per_step)
+        return hashlib.sha256(repr(sorted(dataclasses.asdict(plan).items())).encode()).hexdigest()[:32]
 
     def prompts(self, generation: int) -> np.ndarray:
         """int64: the numbers of the prompts of a generation batch, all different."""

@@ -27,10 +27,9 @@ class Task:
     plan: GenerationPlan
     geometry: Geometry
 
-    @property
-    def fingerprint(self) -> str:
-        """Equal for runs whose steps ask the same."""
-        return f"{self.plan.fingerprint}-{self.train.fingerprint}"
+    def fingerprint_at(self, completions_per_micro_batch: int) -> str:
+        """Equal for runs whose steps ask the same, with micro-batches of so many completions."""
+        return f"{self.plan.fingerprint_at(completions_per_micro_batch)}-{self.train.fingerprint}"
 
 
 def read_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positions: int, shards: int) -> Task:

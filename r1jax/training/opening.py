@@ -9,6 +9,7 @@ import jax
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig, to_yaml
+from r1jax.training.order import DataOrder
 from r1jax.training.publish import Publisher
 from r1jax.training.recorder import Report
 from r1jax.training.resume import Start, find_start, goes_on
@@ -46,13 +47,12 @@ def begin_writing(
     opening: Opening,
     *,
     plan: StepPlan,
-    fingerprint: str,
+    order: DataOrder,
     report: Report,
 ) -> Keeper:
     """What keeps the run's results from now on; config.yaml is written and metrics are cut back to the start.
 
-    fingerprint: of what the steps train on; report: how a task's sums become metrics. The keeper's recorder is the
-    caller's to close.
+    report: how a task's sums become metrics. The keeper's recorder is the caller's to close.
     """
     output_dir = Path(config.run.output_dir)
     if jax.process_index() == 0:
@@ -65,7 +65,7 @@ def begin_writing(
         layout=layout,
         checkpoints=opening.checkpoints,
         recorder=open_recorder(config, plan, report, opening.start.metadata if opening.start else {}),
-        fingerprint=fingerprint,
+        order=order,
         best=best_so_far(config, opening.start, opening.checkpoints),
         publisher=opening.publisher,
     )

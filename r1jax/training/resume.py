@@ -12,6 +12,7 @@ from r1jax.checkpoints.orbax import FOLDER, Checkpoints, locate
 from r1jax.config.errors import need
 from r1jax.config.run import RunSettings
 from r1jax.training.agreement import first_says
+from r1jax.training.order import DataOrder
 from r1jax.training.publish import STAGING
 from r1jax.training.state import StateLayout, TrainState
 
@@ -79,14 +80,12 @@ def find_start(settings: RunSettings, own: Checkpoints) -> Start | None:
     return start
 
 
-def check_start(start: Start, layout: StateLayout, plan: str, beside: Mapping[str, Any] | None = None) -> None:
-    """Nothing; raises `UserError` where a run with this layout and this plan cannot go on from the checkpoint.
+def check_start(start: Start, layout: StateLayout, order: DataOrder, beside: Mapping[str, Any] | None = None) -> None:
+    """Nothing; raises `UserError` where a run with this layout and order of data cannot go on from the checkpoint.
 
     beside: what the trees that the run wants beside the state are like.
     """
-    if start.metadata.get("plan", plan) != plan:
-        rule = "the data, lengths, packing, seed and batch size that the checkpoint was trained with"
-        raise need("resume_from_checkpoint", rule, "others", "restore these keys, or choose another output_dir")
+    order.check(start.metadata)
     if start.metadata.get("save_only_model"):
         advice = "set save_only_model: false in runs that are to be resumed, or resume_from_checkpoint: false"
         raise need("resume_from_checkpoint", "a checkpoint with optimizer state", "one without", advice)
@@ -118,19 +117,19 @@ def _refuse_mixing(settings: RunSettings, has_checkpoints: bool) -> None:
         raise need("output_dir", f"a new or empty folder ({settings.output_dir})", got, advice)
 
 
-def restore(start: Start, own: Checkpoints, layout: StateLayout, plan: str) -> TrainState:
+def restore(start: Start, own: Checkpoints, layout: StateLayout, order: DataOrder) -> TrainState:
     """The state at a checkpoint, laid out for this run's mesh; later checkpoints of the run's own folder are deleted.
 
-    Raises `UserError` when it was saved without its optimizer or its rows came in another order (`plan`).
+    Raises `UserError` when it was saved without its optimizer or its steps had other rows (`order`).
     """
-    return restore_beside(start, own, layout, plan, {})[0]
+    return restore_beside(start, own, layout, order, {})[0]
 
 
 def restore_beside(
-    start: Start, own: Checkpoints, layout: StateLayout, plan: str, beside: Mapping[str, Any]
+    start: Start, own: Checkpoints, layout: StateLayout, order: DataOrder, beside: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
     """(the state as `restore` gives it, the trees that the checkpoint holds beside it); beside: what these are like."""
-    check_start(start, layout, plan, beside)
+    check_start(start, layout, order, beside)
     logger.info("restoring step %d", start.step)
     saved, _ = start.checkpoints.restore(start.step, {**layout.abstract.as_dict(), **beside})
     jax.block_until_ready(saved)

@@ -9,6 +9,7 @@ from r1jax.checkpoints.orbax import Checkpoints
 from r1jax.config import RunConfig
 from r1jax.trackers.open import open_trackers
 from r1jax.training.best import BestSoFar, Final, choose
+from r1jax.training.order import DataOrder
 from r1jax.training.publish import Publisher
 from r1jax.training.recorder import Recorder, Report
 from r1jax.training.resume import Start
@@ -69,8 +70,8 @@ class Keeper:
     layout: StateLayout
     checkpoints: Checkpoints
     recorder: Recorder
-    fingerprint: str
-    """Of the plan; compared when a checkpoint is resumed."""
+    order: DataOrder
+    """Compared when a checkpoint is resumed."""
     best: BestSoFar | None
     publisher: Publisher
     beside: Beside = nothing_beside
@@ -115,7 +116,7 @@ class Keeper:
             "hf_config": self.source.hf_config,
             "model_name_or_path": config.model.model_name_or_path,
             "seed": config.run.seed,
-            "plan": self.fingerprint,
+            **self.order.about(),
             "num_tokens": self.recorder.num_tokens,
             "recorder": self.recorder.progress(),
             "save_only_model": config.checkpoint.save_only_model,

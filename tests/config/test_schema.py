@@ -261,7 +261,7 @@ GRPO_REFUSALS = [
     (
         {"num_generations": 7, "mesh_fsdp": 2},
         "num_generations: need a divisor of the 16 completions of a generation batch (8 per device x 2 x 1), got 7;"
-        " change it or per_device_train_batch_size",
+        " change it, per_device_train_batch_size or gradient_accumulation_steps",
     ),
     (
         {"generation_batch_size": 16, "mesh_fsdp": 4},

@@ -173,14 +173,38 @@ def test_order_is_a_fixed_function_of_seed_and_epoch():
 
 def test_fingerprint_tells_plans_apart_but_not_their_duration():
     lengths = random_lengths(50)
-    base = plan(lengths).fingerprint
-    assert base == plan(lengths, num_epochs=7.0).fingerprint == plan(lengths.astype(np.int64)).fingerprint
+    base = plan(lengths).fingerprint_at(1)
+    assert base == plan(lengths, num_epochs=7.0).fingerprint_at(1) == plan(lengths.astype(np.int64)).fingerprint_at(1)
     others = [plan(lengths, **{key: value}) for key, value in [("seed", 8), ("packing", False), ("max_length", 17),
               ("rows_per_micro_batch", 2), ("max_micro_batches", 4), ("shuffle", False)]]  # fmt: skip
     others.append(plan(np.roll(lengths, 1)))
     others.append(plan(lengths, strategy="bfd_split"))
-    assert len({base, *(other.fingerprint for other in others)}) == 9
+    assert len({base, *(other.fingerprint_at(1) for other in others)}) == 9
     full = np.full(8, 16)  # where every strategy makes the same rows
-    prints = {plan(full, strategy=strategy).fingerprint for strategy in ("bfd", "bfd_split", "wrapped")}
+    prints = {plan(full, strategy=strategy).fingerprint_at(1) for strategy in ("bfd", "bfd_split", "wrapped")}
     assert len(prints) == 3
-    assert plan(full, packing=False, strategy="wrapped").fingerprint == plan(full, packing=False).fingerprint
+    assert plan(full, packing=False, strategy="wrapped").fingerprint_at(1) == plan(full, packing=False).fingerprint_at(
+        1
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_has_the_same_rows_in_any_micro_batches(packing):
+    """8 rows a step as 4 x 2 above, as 8 x 1, 2 x 4 and 1 x 8: a run may go on with another split."""
+    plans = [
+        plan(
+            random_lengths(333), packing=packing, rows_per_micro_batch=rows, max_micro_batches=8 // rows, num_epochs=2.0
+        )
+        for rows in (4, 8, 2, 1)
+    ]
+    assert len({one.num_steps for one in plans}) == len({one.fingerprint_at(1) for one in plans}) == 1
+    for step in range(plans[0].num_steps):
+        rows = {tuple(row for row in one.step(step).rows if row) for one in plans}
+        assert len(rows) == 1
+
+
+def test_fingerprints_that_name_micro_batches_are_those_of_older_checkpoints():
+    """The value that was written when fingerprints held rows per micro-batch and micro-batches fast."""
+    a_plan = plan([3, 4, 1])
+    assert a_plan.fingerprint_at(4) == "c29532d68425f7f809eb63916f770570"
+    assert a_plan.fingerprint_at(1) != a_plan.fingerprint_at(4)

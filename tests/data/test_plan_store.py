@@ -33,7 +33,7 @@ def test_second_time_the_rows_are_read(monkeypatch: pytest.MonkeyPatch, strategy
     assert find_or_pack(lengths, strategy, 64) == expected
     options = {"packing": True, "strategy": strategy, "max_length": 64, "rows_per_micro_batch": 4}
     plans = [make_plan(lengths, **options, max_micro_batches=2, seed=1, pack=way) for way in (pack, find_or_pack)]
-    assert plans[0].fingerprint == plans[1].fingerprint
+    assert plans[0].fingerprint_at(1) == plans[1].fingerprint_at(1)
     assert [plans[0].step(s) for s in range(9)] == [plans[1].step(s) for s in range(9)]
 
 

@@ -53,7 +53,7 @@ def assert_equal(a: TokenizedRows, b: TokenizedRows) -> None:
         np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
     options: dict[str, Any] = {"max_length": 8, "rows_per_micro_batch": 4, "max_micro_batches": 2, "seed": 1}
     plans = [make_plan(rows.lengths, packing=True, **options) for rows in (a, b)]
-    assert plans[0].fingerprint == plans[1].fingerprint
+    assert plans[0].fingerprint_at(1) == plans[1].fingerprint_at(1)
     with (
         BatchStream(a, plans[0], weigh=np.reciprocal, local_rows=range(4)) as one,
         BatchStream(b, plans[1], weigh=np.reciprocal, local_rows=range(4)) as other,

@@ -46,7 +46,26 @@ def test_the_same_completions_for_one_device_and_for_eight():
     one, eight = make(per_device_train_batch_size=8), make(per_device_train_batch_size=1, shards=8)
     for step in range(3):
         assert one.step(step)[1].tolist() == eight.step(step)[1].tolist()
-    assert one.fingerprint == eight.fingerprint
+    assert one.fingerprint_at(1) == eight.fingerprint_at(1)
+
+
+@pytest.mark.parametrize("keys", [{}, {"num_iterations": 2}, {"generation_batch_size": 24, "num_iterations": 2}])
+def test_the_same_completions_in_any_micro_batches(keys):
+    """16 completions a step as 8 x 2, 4 x 4 and 2 x 8, also where a step takes the end of a pass and the
+    beginning of the next; only the number of a completion's micro-batch differs."""
+    plans = [
+        make(per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, **keys) for size in (8, 4, 2)
+    ]
+    assert len({plan.fingerprint_at(1) for plan in plans}) == len({plan.steps_per_generation for plan in plans}) == 1
+    for step in range(8):
+        assert len({(plan.step(step)[0], tuple(plan.step(step)[1])) for plan in plans}) == 1
+        assert len({tuple(plan.step(step)[2]) for plan in plans}) == 3
+
+
+def test_fingerprints_that_name_micro_batches_are_those_of_older_checkpoints():
+    """The value that was written when fingerprints held micro-batches fast."""
+    assert make().fingerprint_at(8) == "1cbed1ddb7204d04d27ea0f244839da7"
+    assert make().fingerprint_at(1) != make().fingerprint_at(8)
 
 
 def test_an_epoch_in_steps():
@@ -55,10 +74,13 @@ def test_an_epoch_in_steps():
 
 
 def test_the_fingerprint_is_of_the_order_and_not_of_the_length():
-    assert make().fingerprint == make(max_steps=99).fingerprint
+    assert make().fingerprint_at(1) == make(max_steps=99).fingerprint_at(1)
     assert (
         len(
-            {make(**keys).fingerprint for keys in ({}, {"seed": 1}, {"num_generations": 8}, {"shuffle_dataset": False})}
+            {
+                make(**keys).fingerprint_at(1)
+                for keys in ({}, {"seed": 1}, {"num_generations": 8}, {"shuffle_dataset": False})
+            }
         )
         == 4
     )

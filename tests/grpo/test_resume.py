@@ -143,6 +143,21 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(world: Path, whol
     assert_same_end(world / "early", whole("on_policy"))
 
 
+def test_other_steps_are_refused_before_anything_is_touched(
+    world: Path, whole: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the devices are others; the line says what would fit."""
+    folder = whole("off_policy")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    config = recipe(world, folder.name, **ALWAYS, **KINDS["off_policy"], gradient_accumulation_steps=4)
+    assert train.main(["--config", str(config)]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "per_device_train_batch_size: need 16 completions a step and 32 a generation as in the checkpoint "
+        "(1 per device x 8 data shards x 2), got 32 and 32 a generation (1 x 8 x 4); set gradient_accumulation_steps: 2"
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.slow
 def test_after_sigkills(world: Path, whole: Callable[[str], Path]) -> None:
     """A process of its own, killed at three moments of its steps, workers and all."""

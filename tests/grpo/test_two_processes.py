@@ -1,6 +1,5 @@
 """Two processes with four devices each are one with eight: what is sampled, what it earns, and what is learned."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -12,8 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.grpo.world import metrics, recipe
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, environment, scored, succeed
 
 GATHERING = """
 import json, sys
@@ -30,14 +28,6 @@ assert found[1] == [[], None]
 """
 
 
-def environment(world: Path, devices: int) -> dict[str, str]:
-    return {
-        **os.environ, "PYTHON": sys.executable, "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "HF_DATASETS_CACHE": str(world / "cache"),
-        "DEVICES_PER_PROCESS": str(devices),
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def folders(world: Path) -> tuple[Path, Path]:
     """The output_dirs of one process and of two, with a generation for two steps, a reference, and evaluation of an
@@ -47,12 +37,10 @@ def folders(world: Path) -> tuple[Path, Path]:
         config = recipe(
             world, f"processes-{processes}", beta=0.1, steps_per_generation=4, adam_epsilon=1e-6, log_completions=True,
             dataset_test_file=str(world / "odd.jsonl"), eval_strategy="steps", eval_steps=3,
+            reward_funcs=["tiny_rewards:noted"],
         )  # fmt: skip
-        command = [str(ROOT / "launch" / "local.sh"), str(processes), str(config)]
-        done = subprocess.run(
-            command, env=environment(world, 8 // processes), cwd=ROOT, capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        (world / f"scored-{processes}").mkdir()
+        succeed(processes, 8 // processes, config, SCORED_IN=str(world / f"scored-{processes}"))
     return world / "processes-1", world / "processes-2"
 
 
@@ -62,6 +50,18 @@ def test_the_same_completions_and_rewards(folders: tuple[Path, Path]) -> None:
     for name in names:
         one, two = (pq.read_table(folder / "completions" / name).to_pydict() for folder in folders)
         assert one == two
+
+
+def test_each_scores_the_prompts_that_it_samples(folders: tuple[Path, Path]) -> None:
+    """Four of a generation's eight, with all four completions; of three held-out prompts two and one."""
+    one, two = (
+        scored(folder.parent / f"scored-{processes}") for folder, processes in zip(folders, (1, 2), strict=True)
+    )
+    assert list(one) == list(two) == [0, 2, 3, 4, 6]
+    for step in (0, 2, 4):
+        assert sorted(two[step][0] + two[step][1]) == sorted(one[step][0]) and len(two[step]) == 2
+        assert [len(set(part)) for part in two[step]] == [4, 4] and not set(two[step][0]) & set(two[step][1])
+    assert [[len(part) for part in two[step]] for step in (3, 6)] == [[8, 4], [8, 4]]
 
 
 def test_the_same_metrics(folders: tuple[Path, Path]) -> None:
@@ -91,7 +91,7 @@ def test_what_is_gathered_is_everybodys_in_order(world: Path, tmp_path: Path) ->
         subprocess.Popen(
             [sys.executable, str(script)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
             env={
-                **environment(world, 1), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
+                **environment(world), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(number), "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT),
             },
         )

@@ -31,6 +31,7 @@ TIMED = ("time/", "tokens_per_second", "tflops_per_device", "mfu", "memory/", "e
 REWARDS = '''
 """What the runs of the tests are rewarded by; worker processes import it."""
 
+import json
 import os
 import time
 
@@ -42,6 +43,14 @@ def texts(completions):
 def likes_w3(completions, **kwargs):
     """The share of the word w3."""
     return [words.count("w3") / max(len(words), 1) for words in texts(completions)]
+
+
+def noted(completions, difficulty, trainer_state, **kwargs):
+    """likes_w3, which notes down in a file of its process what it scores, where it is told a folder."""
+    if folder := os.environ.get("SCORED_IN"):
+        with open(os.path.join(folder, os.environ["JAX_PROCESS_ID"]), "a") as file:
+            file.write(json.dumps([trainer_state.global_step, difficulty]) + "\\n")
+    return likes_w3(completions)
 
 
 def brevity(completions, **kwargs):

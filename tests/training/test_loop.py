@@ -23,12 +23,19 @@ from r1jax.trackers.jsonl import JsonLines
 from r1jax.trackers.open import Trackers
 from r1jax.training import loop
 from r1jax.training.cadence import Cadence, Every
+from r1jax.training.order import DataOrder, StepSplit
 from r1jax.training.recorder import Recorder
 from r1jax.training.resume import find_start, restore
 from r1jax.training.state import TrainState, fresh_params, start_state
 from r1jax.training.step import make_train_step
 
 STEPS = 6
+ORDER = DataOrder(
+    split=StepSplit(per_device_train_batch_size=1, data_shards=2, gradient_accumulation_steps=1),
+    fingerprint_at=lambda rows: "plan",
+    held_by=None,
+    keys={},
+)
 METRICS = ("loss", "grad_norm", "learning_rate", "correct_tokens", "loss_tokens")
 
 
@@ -156,7 +163,7 @@ class Training:
         settings = RunSettings(output_dir=str(folder), resume_from_checkpoint=resume or None)
         with contextlib.closing(Checkpoints(folder / FOLDER, limit)) as checkpoints:
             found = find_start(settings, checkpoints)
-            state = restore(found, checkpoints, self.layout, "plan") if found else self.start()
+            state = restore(found, checkpoints, self.layout, ORDER) if found else self.start()
 
             def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
                 for index in range(int(now().step), STEPS):
@@ -166,7 +173,7 @@ class Training:
                     yield loop.StepInput(step=index, batch=batch, num_tokens=100, flops=1.0)
 
             def save(done: int, now: TrainState) -> None:
-                checkpoints.save(done, now.as_dict(), {"plan": "plan"})
+                checkpoints.save(done, now.as_dict(), ORDER.about())
 
             with recording(folder, int(state.step)) as recorder:
                 rhythm = cadence(saving=1 if limit else 4)

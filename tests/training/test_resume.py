@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
+from r1jax.config import resolve
 from r1jax.config.errors import UserError
 from r1jax.config.optimizer import OptimizerConfig
 from r1jax.config.run import RunSettings
+from r1jax.training.order import data_order
 from r1jax.training.resume import Start, find_start, restore
 from r1jax.training.state import TrainState
 
 OPTIMIZER = OptimizerConfig()
-ABOUT = {"plan": "the plan", "save_only_model": False}
+ORDER = data_order(
+    resolve({"model_name_or_path": "m", "dataset_name": "d", "per_device_train_batch_size": 2}).config,
+    4,
+    lambda rows: "the plan" if rows == 1 else f"in {rows}",
+)
+ABOUT = {**ORDER.about(), "save_only_model": False}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +119,7 @@ def test_state_comes_back_as_it_was_and_later_checkpoints_go(tmp_path, state, la
     with run_folder(tmp_path) as own:
         start = find_start(settings(tmp_path, str(tmp_path / FOLDER / "2")), own)
         assert start is not None
-        restored = restore(start, own, layout, "the plan")
+        restored = restore(start, own, layout, ORDER)
         assert own.all_steps() == [2]
     for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -123,7 +130,7 @@ def test_state_comes_back_on_another_mesh(tmp_path, state, laid_out):
     save(tmp_path, state, 2)
     layout, _ = laid_out({"mesh_data": 2, "mesh_fsdp": 2, "mesh_tensor": 2}, 1, OPTIMIZER)
     with run_folder(tmp_path) as own:
-        restored = restore(Start(checkpoints=own, step=2, metadata=own.metadata(2)), own, layout, "the plan")
+        restored = restore(Start(checkpoints=own, step=2, metadata=own.metadata(2)), own, layout, ORDER)
     for one, other, place in zip(*map(jax.tree.leaves, (restored, state, layout.shardings)), strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.sharding == place
@@ -143,7 +150,7 @@ def test_what_cannot_be_gone_on_from_is_refused(tmp_path, state, layout, about, 
         start = find_start(settings(tmp_path, str(tmp_path / FOLDER / "2")), own)
         assert start is not None
         with pytest.raises(UserError, match=f"^resume_from_checkpoint: {rule}"):
-            restore(start, own, layout, "the plan")
+            restore(start, own, layout, ORDER)
         assert own.all_steps() == [2, 4]
 
 
@@ -193,7 +200,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(tmp_path, state, layout
         (line,) = [record.getMessage() for record in records.values()]
         assert re.fullmatch(rf"checkpoint 4 is damaged \(.*{why}.*\); resuming from step 2", line), line
         assert (tmp_path / FOLDER / "4").is_dir()
-        restored = restore(start, own, layout, "the plan")
+        restored = restore(start, own, layout, ORDER)
         assert own.all_steps() == [2]
         own.save(4, restored.as_dict(), ABOUT)
     assert start_of(tmp_path) == 4
