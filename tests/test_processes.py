@@ -144,11 +144,15 @@ def test_many_processes_are_one(run: Callable[..., Path], task: str, stage: int,
         assert all(np.any(leaf != 0) for leaf in wanted.values())
 
 
-@pytest.mark.parametrize(("task", "processes"), [("sft", 2), pytest.param("grpo", 4, marks=slow)])
+@pytest.mark.parametrize(
+    ("task", "stage", "processes"),
+    [("sft", 3, 2), pytest.param("sft", 0, 4, marks=slow), pytest.param("grpo", 3, 4, marks=slow)],
+)
 def test_each_process_writes_its_part_of_a_checkpoint_and_the_first_all_else(
-    run: Callable[..., Path], task: str, processes: int
+    run: Callable[..., Path], task: str, stage: int, processes: int
 ) -> None:
-    folder = run(task, 3, processes)
+    """At stage 0, where everyone holds everything, too."""
+    folder = run(task, stage, processes)
     files = [path for path in folder.rglob("*") if path.is_file()]
     by_others = {path: number for path in files if (number := writer(path))}
     assert {path.name for path in files if "checkpoints" not in path.parts} >= {
