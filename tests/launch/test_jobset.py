@@ -36,9 +36,7 @@ JOBSET_SCHEMA: dict[str, Any] = {
     "FailurePolicy": {"maxRestarts": int, "restartStrategy": ("Recreate", "BlockingRecreate"), "rules": ["Rule"]},
     "Rule": {
         "name": str, "action": ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
-        "onJobFailureReasons": [
-            ("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy")
-        ],
+        "onJobFailureReasons": [("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "PodFailurePolicy")],
         "targetReplicatedJobs": [str],
     },
     "JobTemplate": {"metadata": "Meta", "spec": "Job"},
@@ -58,7 +56,7 @@ JOBSET_SCHEMA: dict[str, Any] = {
     },
     "Container": {
         "name": str, "image": str, "workingDir": str, "command": [str], "args": [str], "env": ["Env"],
-        "ports": ["Port"], "resources": {"limits": dict, "requests": dict}, "volumeMounts": ["Mount"], "securityContext": dict,
+        "ports": ["Port"], "resources": {"limits": dict, "requests": dict}, "volumeMounts": ["Mount"],
     },
     "Env": {"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": str, "apiVersion": str}}},
     "Port": {"containerPort": int, "name": str, "protocol": ("TCP", "UDP")},

@@ -98,7 +98,7 @@ def test_the_last_nodes_serve(tmp_path: Path):
     ("arguments", "line"),
     [
         (["--model", "M"], "config: need a recipe, got none at configs/M/.yaml; "),
-        (["--config", "own.yaml", "--accelerator", "zero4"], "accelerator: need zero3, zero2, zero1, ddp or fsdp, got "),
+        (["--config", "own.yaml", "--accelerator", "zero4"], "accelerator: need zero3, zero2, zero1, ddp or "),
         (["--config", "own.yaml", "--vllm_nodes", "1"], "vllm_nodes: need 0 without launch/vllm_server.sh, got 1; "),
         (["--config", "own.yaml", "--vllm_nodes", "2"], "vllm_nodes: need fewer than the job's 2 nodes, got 2; "),
         (["--config", "own.yaml", "--tp", "2"], "dp: need --vllm_nodes beside --dp and --tp, got none; "),
