@@ -36,12 +36,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(
             name="xla_gpu_enable_latency_hiding_scheduler",
             value="true",
-            why="collectives run beside products; NVIDIA's JAX images set it, XLA does not",
+            why="collectives run beside products; NVIDIA's JAX images set it, jaxlib 0.10 has it off",
         ),
         Flag(
             name="xla_gpu_all_gather_combine_threshold_bytes",
             value=str(128 * 2**20),
-            why="a layer's weights are gathered in one piece (MaxText's value; JAX advises at least a layer)",
+            why="a layer's weights are gathered in one piece (MaxText's value; the default is 30 MiB)",
         ),
         Flag(
             name="xla_gpu_reduce_scatter_combine_threshold_bytes",
@@ -54,18 +54,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             why="gradients of small layers are summed in one piece (MaxText's value)",
         ),
     ),
-    "tpu": (
-        Flag(
-            name="xla_enable_async_all_gather",
-            value="true",
-            why="ZeRO-3's gathers run beside products: the default on v5e, but not on v5p and v6e (libtpu 0.0.42)",
-        ),
-        Flag(
-            name="xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-            value="true",
-            why="needed for the other one; MaxText's five further flags change nothing in the compiled step",
-        ),
-    ),
+    # MaxText's flags for asynchronous all-gathers are v5e's defaults, and elsewhere libtpu 0.0.50 refuses them, because
+    # they may give wrong results there (0.0.42 takes them without a word).
+    "tpu": (),
 }
 DETERMINISTIC = Flag(name="xla_gpu_deterministic_ops", value="true", why="kernels that repeat bit by bit")
 

@@ -88,7 +88,7 @@ def test_each_platform_has_its_variable():
     assert added(["cpu"]) == {}
     assert added(["cpu", "metal"]) == {}
     assert added(["cpu", "gpu"]) == {"XLA_FLAGS": " ".join(map(str, FLAGS["gpu"]))}
-    assert added(["tpu"]) == {"LIBTPU_INIT_ARGS": " ".join(map(str, FLAGS["tpu"]))}
+    assert added(["tpu"]) == {}
     assert "--xla_gpu_enable_latency_hiding_scheduler=true" in added(["gpu"])["XLA_FLAGS"].split()
 
 

@@ -1,4 +1,4 @@
-"""The TPU compiler knows our flags, and with them gathers weights while it multiplies where it would not by itself."""
+"""The TPU compiler takes our flags, and with them gathers weights while it multiplies."""
 
 import os
 import subprocess
@@ -16,13 +16,12 @@ COMPILE = """
 import jax
 jax.config.update("jax_platforms", "cpu")
 from tests.aot import steps
-steps.TOPOLOGIES = {8: "v6e:2x4"}
 print(steps.compile_step(steps.layout_of({"mesh_fsdp": 8}, 3, 8)).text.count("async_collective_fusion"))
 """
 
 
 def compile_with(*flags: str) -> subprocess.CompletedProcess[str]:
-    """What a process says that compiles the step of ZeRO-3 for eight TPU v6e."""
+    """What a process says that compiles the step of ZeRO-3 for eight TPU v5e."""
     return subprocess.run(
         [sys.executable, "-c", COMPILE],
         env={**os.environ, "LIBTPU_INIT_ARGS": " ".join(flags)},
@@ -34,11 +33,12 @@ def compile_with(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_weights_are_gathered_beside_products():
-    """Without the flags the step has none of these fusions: should that change, the flags have had their day."""
-    plain, ours = compile_with(), compile_with(*map(str, FLAGS["tpu"]))
-    assert (plain.returncode, ours.returncode) == (0, 0), ours.stderr
-    assert int(plain.stdout) == 0
+    """By default: should a newer compiler need a flag for it, the table gets one."""
+    ours = compile_with(*map(str, FLAGS["tpu"]))
+    assert ours.returncode == 0, ours.stderr
     assert int(ours.stdout) > 50
+    off = compile_with("--xla_enable_async_all_gather=false")
+    assert int(off.stdout) == 0
 
 
 def test_libtpu_ends_a_process_for_an_unknown_flag():
