@@ -8,8 +8,12 @@ from pathlib import Path
 
 import jax
 
+from r1jax import xla_flags
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 """mallopt's parameters (glibc's malloc.h)."""
+
+_GPUS = {"cuda": "gpu", "rocm": "gpu"}
 
 
 def configure(compute_dtype: str, *, deterministic: bool = False) -> None:
@@ -17,22 +21,25 @@ def configure(compute_dtype: str, *, deterministic: bool = False) -> None:
 
     compute_dtype "float32" means float32 in every product. deterministic makes GPU kernels repeat bit by bit.
     """
-    if deterministic:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    accelerators = _accelerators()
+    xla_flags.add_flags(os.environ, accelerators | {"cpu"}, jax.__version_info__, deterministic=deterministic)
     if compute_dtype == "float32":
         # JAX's default is TF32 on GPU and bfloat16 on TPU, which is not what a run without bf16 asks for.
         jax.config.update("jax_default_matmul_precision", "highest")
     if jax.config.values["jax_compilation_cache_dir"] is None:  # JAX_COMPILATION_CACHE_DIR is read into it
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "r1jax" / "compiled"))
-    if _cpu_only():
+    if not accelerators:
         keep_freed_memory()
 
 
-def _cpu_only() -> bool:
-    """Whether no accelerator can be used; asking JAX itself would start its devices."""
-    if platforms := jax.config.values["jax_platforms"]:
-        return platforms == "cpu"
-    return not importlib.metadata.entry_points(group="jax_plugins") and importlib.util.find_spec("libtpu") is None
+def _accelerators() -> set[str]:
+    """The platforms beside the CPU that may be used ("gpu", "tpu"); asking JAX itself would start its devices."""
+    platforms: str | None = jax.config.values["jax_platforms"]
+    if platforms:
+        return {_GPUS.get(name, name) for name in platforms.split(",")} - {"cpu"}
+    plugins = {entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")}
+    found = {"gpu" if "cuda" in name or "rocm" in name else name for name in plugins}
+    return found | {"tpu"} if importlib.util.find_spec("libtpu") else found
 
 
 def keep_freed_memory() -> None:

@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("training", "experience"), 3),
     **dict.fromkeys(("data", "objectives", "rewards", "rollout", "checkpoints"), 2),
     **dict.fromkeys(("optimizer", "footprint", "trackers"), 2),
-    **dict.fromkeys(("models", "sharding", "sandbox"), 1),
+    **dict.fromkeys(("models", "sharding", "sandbox", "xla_flags"), 1),
     **dict.fromkeys(("config", "batch"), 0),
     "vllm_plugin": -1,
 }
