@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hosts", metavar="FILE", help="`[user@]host [processes]` a line; SSH is the command (ssh)")
     parser.add_argument("--max_restarts", type=int, default=0, help="from the newest checkpoint, when one is lost (0)")
     parser.add_argument("config", help="the recipe")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="--key value", help="go to r1jax.train")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="go to r1jax.train")
     return parser
 
 

@@ -49,15 +49,18 @@ def _listen(inbox: Inbox, rest: bytes) -> None:
     """Puts the signals that are asked for into the inbox, and at last that nobody asks any more."""
     waiting = select.poll()
     waiting.register(_STDIN, select.POLLIN)
-    while waiting.poll(SILENCE_SECONDS * 1000):
+    while True:
+        *words, rest = rest.split(b"\n")
+        for word in filter(None, words):
+            inbox.put(signal.Signals[word.decode()])
+        if not waiting.poll(SILENCE_SECONDS * 1000):
+            break
         data = os.read(_STDIN, 1 << 12)
         if not data:
             inbox.put(Lost("the connection was closed"))
             return
-        *words, rest = (rest + data).split(b"\n")
-        for word in filter(None, words):
-            inbox.put(signal.Signals[word.decode()])
-    inbox.put(Lost(f"no sign of life for {SILENCE_SECONDS:.0f} s"))
+        rest += data
+    inbox.put(Lost(f"no sign of life for {SILENCE_SECONDS:g} s"))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def read_hosts(name: str) -> list[Host]:
     except (OSError, UnicodeDecodeError) as error:
         raise need("hosts", "a readable text file", f"{shown(name)} ({error})", "check the path") from None
     hosts = [_host(words) for line in lines if (words := line.partition("#")[0].split())]
-    require(bool(hosts), "hosts", "a host a line", f"{name} without any", "write `host [processes]` a line")
+    require(bool(hosts), "hosts", "a file with a host a line", name, "write `[user@]host [processes]` lines into it")
     names = [host.name for host in hosts]
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, "hosts", "each host once", twice, "write how many processes it gets behind it")
@@ -100,8 +100,12 @@ class FarChild(Child):
 
     def __init__(self, number: int, host: Host, task: Mapping[str, Any]) -> None:
         there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.quote(sys.executable)} -m {far_side.__name__}"
-        command = [*shlex.split(os.environ.get("SSH") or SSH), host.name, there]
-        super().__init__(number, host.address, command, os.environ, prefix=f"[{number}] ", stdin=subprocess.PIPE)
+        ssh = os.environ.get("SSH") or SSH
+        command = [*shlex.split(ssh), host.name, there]
+        try:
+            super().__init__(number, host.address, command, os.environ, prefix=f"[{number}] ", stdin=subprocess.PIPE)
+        except OSError as error:
+            raise need("SSH", "a command", f"{shown(ssh)} ({error.strerror})", "install it, or name another") from None
         self._tell(json.dumps({"number": number, "host": host.address, **task}))
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)

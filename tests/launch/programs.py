@@ -83,9 +83,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_for(ask: Callable[[], Any]) -> Any:
+def wait_for(ask: Callable[[], Any], seconds: float = SECONDS) -> Any:
     """The first answer that is true; an OSError is no answer."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
             if found := ask():
