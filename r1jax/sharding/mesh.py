@@ -34,7 +34,6 @@ def initialize_processes() -> None:
         num_processes=count,
         process_id=int(os.environ["JAX_PROCESS_ID"]),
         initialization_timeout=120,
-        heartbeat_timeout_seconds=20,
     )
 
 
