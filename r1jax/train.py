@@ -14,14 +14,14 @@ import jax
 from rich.console import Console
 
 from r1jax import commands, config, runtime
-from r1jax.sharding.mesh import initialize_processes
+from r1jax.sharding.processes import initialize_processes, leave
 
 logger = logging.getLogger("r1jax.train")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 when the model is exported, or saved after a SIGTERM."""
-    return commands.run(_train, sys.argv[1:] if argv is None else argv)
+    return leave(commands.run(_train, sys.argv[1:] if argv is None else argv))
 
 
 def _train(argv: list[str]) -> int:

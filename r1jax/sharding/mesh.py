@@ -1,6 +1,5 @@
-"""The device mesh (axes data, fsdp, context, tensor) and the processes that share it."""
+"""The device mesh (axes data, fsdp, context, tensor)."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,26 +14,6 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("fsdp", "data")
 """The rows of a batch are split over these. In the order in which `rules.STATE_AXES` splits gradients: a sum over
 devices whose groups are listed in another order stays an all-reduce where it could be a reduce-scatter (TPU)."""
-
-
-def initialize_processes() -> None:
-    """Joins the other processes of the run, if the environment says that there are any.
-
-    Reads JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID; must come before any device is
-    asked for.
-    """
-    count = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
-    if count == 1 or jax.distributed.is_initialized():
-        return
-    missing = [name for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if name not in os.environ]
-    if missing:
-        raise need(missing[0], "to be set when JAX_NUM_PROCESSES is", "nothing", "start with launch/local.sh")
-    jax.distributed.initialize(
-        coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
-        num_processes=count,
-        process_id=int(os.environ["JAX_PROCESS_ID"]),
-        initialization_timeout=120,
-    )
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

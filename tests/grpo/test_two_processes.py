@@ -19,7 +19,7 @@ GATHERING = """
 import json, sys
 import jax, numpy as np
 from r1jax.experience.exchange import all_gathered
-from r1jax.sharding.mesh import initialize_processes
+from r1jax.sharding.processes import initialize_processes
 initialize_processes()
 me = jax.process_index()
 small, large = {"me": me, "words": "w" * (3 + 500 * me)}, np.arange(me * 100_000, dtype=np.float64)

@@ -3,7 +3,7 @@ import pytest
 
 from r1jax.config.errors import UserError
 from r1jax.config.mesh import MeshConfig
-from r1jax.sharding.mesh import data_shards, initialize_processes, make_mesh
+from r1jax.sharding.mesh import data_shards, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -39,17 +39,3 @@ def test_some_of_the_devices():
 def test_axes_that_do_not_fit_the_devices(keys, line):
     with pytest.raises(UserError, match=line):
         make_mesh(MeshConfig(**keys))
-
-
-def test_half_an_environment_is_refused(monkeypatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    monkeypatch.setenv("JAX_PROCESS_ID", "0")
-    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-    with pytest.raises(UserError, match=r"^JAX_COORDINATOR_ADDRESS: need to be set when JAX_NUM_PROCESSES is"):
-        initialize_processes()
-
-
-def test_one_process_joins_nobody(monkeypatch):
-    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
-    initialize_processes()
-    assert not jax.distributed.is_initialized()
