@@ -23,14 +23,15 @@ _ABORTED = re.compile(r"Terminating process because the JAX distributed service 
 _SILENT = re.compile(r"stopped sending heartbeats\):\s*([\d, \n]*\d)|Task (\d+) heartbeat timeout")
 _COORDINATOR = re.compile(r"Failed to send RPC to coordination service|CoordinationService/Heartbeat")
 # What Python sees of a lost peer before jaxlib acts. "Gloo" is the CPU's collectives, NCCL the GPU's.
-_LOST_PEER = re.compile(r"(?i)\bgloo\b.*(fail|closed|reset|timed out)|nccl.*(remote|abort)|coordination service")
+_LOST_PEER = re.compile(
+    r"(?i)\bgloo\b.*(fail|closed|reset|timed out)|nccl.*(remote|abort)|coordination service"
+    r"|JaxRuntimeError: (UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)"
+)
 # The watchdog (training/watchdog.py) of a process whose turn came after another's.
 _FOLLOWED = re.compile(r"ended with process \d+, which made no progress")
 # Before the traceback of an exception that has ended nothing.
 _IGNORED = re.compile(r"Exception (ignored )?in ")
 # Lines of C++ logs and stacks, which come after the line that matters.
-_PASSED_OVER = re.compile(r"Exception (ignored )?in |Error in atexit")
-"""Before the traceback of an exception that ends no process."""
 _NOISE = re.compile(r"[IWEF]\d{4} \d\d:\d\d|\s*@\s+0x|\[Gloo\]|\*\*\* |\s*$")
 
 
