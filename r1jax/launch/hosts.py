@@ -124,7 +124,7 @@ class FarChild(Child):
 
     def cause(self) -> Cause:
         if self.status == SSH_FAILED:
-            return Cause(f"is out of reach: {last_words(self.last_lines()) or 'ssh ended without a word'}")
+            return Cause(f"is out of reach: {last_words(self.last_lines()).rstrip('.') or 'ssh ended without a word'}")
         return super().cause()
 
     def shown(self, lines: list[bytes]) -> list[bytes]:
