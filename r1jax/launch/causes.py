@@ -67,7 +67,7 @@ def last_words(lines: Sequence[str]) -> str:
     starts = [
         index
         for index, line in enumerate(lines)
-        if line.startswith("Traceback (most recent call last)") and not _PASSED_OVER.match(lines[index - 1])
+        if line.startswith("Traceback (most recent call last)") and not _IGNORED.match(lines[max(index - 1, 0)])
     ]
     after = lines[starts[-1] + 1 :] if starts else []
     found = next((line for line in after if line[:1].strip() and not _NOISE.match(line)), None)

@@ -93,7 +93,8 @@ def run_through(config: Path, folder: Path, cache: Path, faults: list[Fault], re
         named = [line for line in errors.splitlines() if line.startswith("launch: process")]
         assert len(named) == 1, errors
         assert f"process {fault.victim} on host" in named[0] and f"{fault.number.name}" in named[0], errors
-        assert run.returncode == 128 + fault.number and trainers(config) == {}
+        assert run.returncode == 128 + fault.number, errors
+        assert trainers(config) == {}
         moment = f"{fault.steps} more steps saved" if fault.steps else "the start"
         report(
             f"{fault.number.name} to process {fault.victim}, {fault.seconds:.1f} s after {moment}: "
