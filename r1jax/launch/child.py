@@ -59,7 +59,7 @@ class Child:
 
     def __init__(
         self,
-        number: int,
+        number: int | None,
         host: str,
         command: Sequence[str],
         environment: Mapping[str, str],
@@ -67,7 +67,7 @@ class Child:
         prefix: str = "",
         stdin: int = subprocess.DEVNULL,
     ) -> None:
-        self.number, self.host = number, host
+        self.name = f"{'the process' if number is None else f'process {number}'} on host {host}"
         self.status: int | None = None
         """How it ended: its exit code, or 128 + n when signal n has ended it; None while it runs."""
         self.lines: collections.deque[bytes] = collections.deque(maxlen=REMEMBERED_LINES)

@@ -29,6 +29,6 @@ def start_here(num_processes: int, arguments: Sequence[str]) -> list[Child]:
 def start_one(arguments: Sequence[str]) -> list[Child]:
     """The one process that this launcher looks after, in the environment as it is: a cluster may have others."""
     found = find_processes(os.environ)
-    number = 0 if found is None else found.process_id
+    number = None if found is None else found.process_id
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return [Child(number, socket.gethostname(), [sys.executable, *arguments], environment)]

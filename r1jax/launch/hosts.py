@@ -30,7 +30,7 @@ SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o Ser
 SSH_FAILED = 255
 """ssh's exit status where it had none from the other host."""
 SECONDS_TO_OBEY = 5.0
-_FORWARDED = ("HF_", "JAX_", "NCCL_", "R1JAX_", "WANDB_", "XLA_")
+_FORWARDED = ("HF_", "JAX_", "LIBTPU_", "NCCL_", "R1JAX_", "WANDB_", "XLA_")
 """Variables that go to the other hosts; others belong into the recipe's `env:`."""
 _PORTS = range(20_000, 32_768)
 """Below those that Linux gives to outgoing connections."""

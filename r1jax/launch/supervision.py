@@ -129,10 +129,11 @@ class _Run:
     def _ended(self, child: Child, status: int) -> None:
         if status == 0 or any(child is loss.child for loss in self.losses):
             return
-        if status in self._expected():
-            self.status = self.status or status
+        cause, interrupted = child.cause(), self.asked == signal.SIGINT
+        if status in self._expected() or (interrupted and not cause.is_root):
+            self.status = self.status or (SIGNALLED + signal.SIGINT if interrupted else status)
         else:
-            self._lose(_Loss(child, status, child.cause()))
+            self._lose(_Loss(child, status, cause))
 
     def _expected(self) -> set[int]:
         """Exit codes of processes that end because we end them."""
@@ -143,18 +144,20 @@ class _Run:
 
     def _lose(self, loss: _Loss) -> None:
         self.losses.append(loss)
-        if len(self.losses) == 1:
+        first = len(self.losses) == 1
+        if first:
             self.others = "; ending the others" if any(child is not loss.child for child in self.alive) else ""
             self.deadline = min(self.deadline, time.monotonic() + self.limits.grace)
-            self._look_for_stopped(0.0)  # one whose silence may be why this one was aborted
             for child in self.alive:
                 child.signal(signal.SIGTERM)
         if loss.cause.is_root and not self.named:
             self._name(loss)
+        if first:
+            self._look_for_stopped(0.0)  # one whose silence may be why this one was aborted
 
     def _name(self, loss: _Loss) -> None:
         self.named, self.status = True, loss.status
-        self.output.say(f"process {loss.child.number} on host {loss.child.host} {loss.cause.words}{self.others}")
+        self.output.say(f"{loss.child.name} {loss.cause.words}{self.others}")
 
     def _look_for_stopped(self, seconds: float) -> None:
         """Takes processes that have stood still for so long for lost, and kills them: they hear nothing else."""

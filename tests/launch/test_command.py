@@ -49,6 +49,7 @@ def test_bad_input_is_one_line_and_starts_nothing(recipe: str, words: list[str],
 def test_what_the_processes_refuse_is_named(recipe: str) -> None:
     done = launcher("--max_restarts", "3", recipe)
     assert done.returncode == 2 and "restart" not in done.stderr
+    assert done.stderr.startswith("launch: the process on host ")
     assert "refused what it was given (exit code 2): model_name_or_path: need" in done.stderr
 
 

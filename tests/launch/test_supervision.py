@@ -99,6 +99,22 @@ def test_the_one_that_was_killed_is_named_when_its_end_is_seen_later(tmp_path: P
     assert status == 137 and len(errors) == 1 and "process 1 on" in errors[0] and "SIGKILL" in errors[0]
 
 
+def test_a_cause_is_named_before_one_that_happens_to_stand_still(tmp_path: Path) -> None:
+    launcher = launch(tmp_path, WAITING)
+    found = pids(tmp_path)
+    os.kill(found[0], signal.SIGSTOP)
+    os.kill(found[1], signal.SIGKILL)
+    status, _, errors = ended(launcher)
+    assert status == 137 and len(errors) == 1 and "process 1 on" in errors[0]
+
+
+def test_ctrl_c_is_no_loss_whichever_way_a_process_takes_it(tmp_path: Path) -> None:
+    launcher = launch(tmp_path, f"ready()\ntry: time.sleep(600)\nexcept KeyboardInterrupt: pass\n{ABORTED}")
+    pids(tmp_path)
+    launcher.send_signal(signal.SIGINT)
+    assert ended(launcher)[::2] == (130, ["launch: SIGINT, passed on; a second one kills"])
+
+
 def test_an_abort_that_nothing_explains_is_named_itself(tmp_path: Path) -> None:
     status, _, errors = ended(launch(tmp_path, f"if me == 1: time.sleep(600)\n{ABORTED}"))
     words = "was aborted by jaxlib (SIGABRT): no heartbeat from process 1; ending the others"
