@@ -9,7 +9,8 @@
 #   JAX_COORDINATOR_PORT    the port of process 0 that the others connect to (default: a free one is guessed)
 #
 # Each host has this directory, the checkout and output_dir under the same paths. The first host must be reachable from
-# the others under the name in the file. Variables that begin with HF_, JAX_, LIBTPU_, NCCL_, R1JAX_, WANDB_ or XLA_ go along.
+# the others under the name in the file. Variables that begin with HF_, JAX_, LIBTPU_, NCCL_, R1JAX_, WANDB_ or XLA_ go
+# along.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

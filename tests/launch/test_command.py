@@ -1,6 +1,7 @@
 """python -m r1jax.launch and its scripts: what is refused before anything starts, and who is looked after."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,19 @@ def test_one_process_of_a_cluster_keeps_its_number(recipe: str) -> None:
     assert (done.returncode, done.stderr) == (0, "") and "output_dir" in done.stdout
     done = launcher("--max_restarts", "1", recipe, **place)
     assert done.returncode == 2 and done.stderr.startswith("max_restarts: need 0 in one process of several, got 1")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ({}, "the process"),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "process 1"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "9", "JAX_PROCESS_ID": "7"}, "process 7"),
+    ],
+)
+def test_one_process_is_called_by_its_number_among_all(place: dict[str, str], name: str) -> None:
+    code = "from r1jax.launch.here import start_one; print(start_one(['-c', ''])[0].name)"
+    assert run(sys.executable, "-c", code, **place).stdout == f"{name} on host {socket.gethostname()}\n"
 
 
 @pytest.mark.parametrize("words", [[], ["2"], ["two", "recipe.yaml"], ["0", "recipe.yaml"]])
