@@ -57,42 +57,55 @@ def start(config: Path, world: Path, both: Network) -> subprocess.Popen[str]:
         return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.PIPE, text=True)
 
 
+def finish(config: Path, world: Path, both: Network) -> None:
+    run = start(config, world, both)
+    try:
+        _, errors = run.communicate(timeout=SECONDS)
+    finally:
+        run.kill()  # then its processes end too
+    assert run.returncode == 0, errors + config.with_suffix(".log").read_text()
+
+
+def time_to_end(run: subprocess.Popen[str], config: Path) -> dict[str, float]:
+    """Seconds until each process and the launcher have ended; without those that have not in twice the time allowed."""
+    began, ends = time.monotonic(), {}
+    while time.monotonic() - began < 2 * SECONDS_TO_END and len(ends) < 3:
+        left = trainers(config)
+        over = {f"process {number}": number not in left for number in range(2)} | {"launcher": run.poll() is not None}
+        for name in (name for name, ended in over.items() if ended):
+            ends.setdefault(name, time.monotonic() - began)
+        time.sleep(0.1)
+    return ends
+
+
 def test_two_hosts_whose_cable_is_pulled(
     hosts: tuple[Network, list[Path]], world: Path, report: Callable[[str], None]
 ) -> None:
     both, logs = hosts
     keys = {"max_steps": 60, "per_device_train_batch_size": 1, "save_steps": 5}
     whole, config = recipe(world, "hosts-whole", **keys), recipe(world, "hosts", **keys)
-    undisturbed = start(whole, world, both)
-    _, errors = undisturbed.communicate(timeout=SECONDS)
-    assert undisturbed.returncode == 0, errors + whole.with_suffix(".log").read_text()
+    finish(whole, world, both)
 
     run = start(config, world, both)
-    wait_for(lambda: run.poll() is not None or steps_saved(world / "hosts") >= 10, SECONDS)
-    assert run.poll() is None and len(trainers(config)) == 2, run.communicate()
-    both.pull_cable()
-    pulled, ends = time.monotonic(), {}
-    while time.monotonic() - pulled < 2 * SECONDS_TO_END and len(ends) < 3:
-        left = trainers(config)
-        seen = {f"process {number}": number not in left for number in range(2)} | {"launcher": run.poll() is not None}
-        for name, over in seen.items():
-            if over:
-                ends.setdefault(name, time.monotonic() - pulled)
-        time.sleep(0.1)
+    try:
+        wait_for(lambda: run.poll() is not None or steps_saved(world / "hosts") >= 10, SECONDS)
+        assert run.poll() is None and len(trainers(config)) == 2, config.with_suffix(".log").read_text()
+        both.pull_cable()
+        ends = time_to_end(run, config)
+    finally:
+        run.kill()
     report("after the cable was pulled: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ends.items()))
     assert len(ends) == 3 and max(ends.values()) < SECONDS_TO_END
-    _, errors = run.communicate(timeout=SECONDS)
-    named = [line for line in errors.splitlines() if line.startswith("launch: process")]
+    errors = run.communicate()[1].splitlines()
+    named = [line for line in errors if line.startswith("launch: process")]
     report(f"here: {' / '.join(named)}")
     assert len(named) == 1 and run.returncode != 0, errors
     # The other host has its own line, though nobody can be told.
-    wait_for(lambda: "launch: process 1" in logs[1].read_text(), SECONDS_TO_END)
+    wait_for(lambda: "launch: process 1" in logs[1].read_text())
     there = [line for line in logs[1].read_text().splitlines() if line.startswith("launch: process")]
     report(f"there: {' / '.join(there)}")
     assert len(there) == 1 and f"on host {NAMES[1]}" in there[0]
 
     both.plug_cable()
-    again = start(config, world, both)
-    _, errors = again.communicate(timeout=SECONDS)
-    assert again.returncode == 0, errors + config.with_suffix(".log").read_text()
+    finish(config, world, both)
     assert_same_end(world / "hosts", world / "hosts-whole")
