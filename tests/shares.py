@@ -12,8 +12,9 @@ from r1jax.checkpoints.hf import load_from
 from r1jax.checkpoints.tensor_files import TensorFiles
 from r1jax.config import load
 from r1jax.objectives.reductions import token_mean
-from r1jax.sharding.mesh import data_shards, initialize_processes, make_mesh
+from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.sharding.placement import local_rows
+from r1jax.sharding.processes import initialize_processes
 from r1jax.training.source import read_source
 from r1jax.training.state import lay_out, start_state
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "r1jax"
 
 # Imports go to the own part or to a lower layer, never up and never sideways. vllm_plugin runs inside the server: -1.
 LAYERS = {
-    "quickstart": 6,
+    **dict.fromkeys(("quickstart", "launch"), 6),
     **dict.fromkeys(("train", "generate", "evaluate", "convert", "pipeline", "plan", "doctor"), 5),
     **dict.fromkeys(("sft", "grpo", "commands", "runtime"), 4),
     **dict.fromkeys(("training", "experience"), 3),
