@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import jax
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
-from r1jax.config import RunConfig, to_yaml
+from r1jax.config import RunConfig
 from r1jax.config.errors import need
 from r1jax.config.folders import check_folder
 from r1jax.data.prompts import Prompts, longest_answerable, read_prompts, with_solutions
@@ -46,7 +45,7 @@ from r1jax.training.profiling import profiled
 from r1jax.training.publish import Publisher
 from r1jax.training.reference import Reference
 from r1jax.training.resume import Start, find_start, goes_on, restore_beside
-from r1jax.training.saving import Keeper, best_so_far, open_recorder
+from r1jax.training.saving import Keeper, best_so_far, open_recorder, write_config
 from r1jax.training.source import Source, first_params, model_files, read_source
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import ScoreStep, TrainStep, make_score_step, make_train_step
@@ -93,9 +92,7 @@ def run(config: RunConfig) -> None:
         )
         # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
         state, reference, kept = begin(config, source, layout, task, start, checkpoints)
-        if jax.process_index() == 0:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "config.yaml").write_text(to_yaml(config))
+        write_config(config)
         # 4. Training, then the model as others read it.
         publisher.start()
         recorder = open_recorder(config, task.plan, policy_metrics, start.metadata if start else {})
@@ -279,6 +276,7 @@ def train_policy(
         tasks=loop.Tasks(
             evaluate=measure if task.held_out is not None else None,
             save=dataclasses.replace(keeper, beside=beside).save,
+            check=keeper.check,
         ),
     )
 

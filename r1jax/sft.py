@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from r1jax.batch import PackedBatch
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
-from r1jax.config import RunConfig, to_yaml
+from r1jax.config import RunConfig
 from r1jax.config.folders import check_folder
 from r1jax.data.batches import BatchStream, Weigh
 from r1jax.data.encoding import RowEncoder
@@ -36,7 +34,7 @@ from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
 from r1jax.training.profiling import profiled
 from r1jax.training.publish import Publisher
 from r1jax.training.resume import check_start, find_start, goes_on, restore
-from r1jax.training.saving import Keeper, best_so_far, open_recorder
+from r1jax.training.saving import Keeper, best_so_far, open_recorder, write_config
 from r1jax.training.source import Source, first_params, model_files, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
@@ -85,9 +83,7 @@ def run(config: RunConfig) -> None:
             state = restore(start, checkpoints, layout, train.plan.fingerprint)
         else:
             state = start_state(first_params(config, source, layout), config.optimizer, layout)
-        if jax.process_index() == 0:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "config.yaml").write_text(to_yaml(config))
+        write_config(config)
         publisher.start()
         best = best_so_far(config, start, checkpoints)
         # 4. Training, then the model as others read it.
@@ -224,5 +220,5 @@ def train_model(
         step,
         cadence=make_cadence(config, plan.num_steps, plan.num_steps_per_epoch),
         recorder=keeper.recorder,
-        tasks=loop.Tasks(evaluate=measure if held_out is not None else None, save=keeper.save),
+        tasks=loop.Tasks(evaluate=measure if held_out is not None else None, save=keeper.save, check=keeper.check),
     )

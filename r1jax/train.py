@@ -9,19 +9,34 @@ with where it came from, and exits 0. --help lists every key.
 import logging
 import os
 import sys
+import traceback
 
 import jax
 from rich.console import Console
 
 from r1jax import commands, config, runtime
 from r1jax.sharding.mesh import initialize_processes
+from r1jax.training import agreement, preemption, watchdog
 
 logger = logging.getLogger("r1jax.train")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 when the model is exported, or saved after a SIGTERM."""
-    return commands.run(_train, sys.argv[1:] if argv is None else argv)
+    """The exit code: 0 when the model is exported, or saved after a SIGTERM; 2 for what the user can mend, 1 for what
+    fails in the run, 124 where it gets nowhere (training/watchdog.py).
+    """
+    try:
+        code = commands.run(_train, sys.argv[1:] if argv is None else argv)
+    except BaseException:
+        if agreement.num_processes() == 1:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and agreement.num_processes() > 1:
+        # An orderly end would wait for the other processes, which may wait for this one in a collective.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _train(argv: list[str]) -> int:
@@ -37,7 +52,15 @@ def _train(argv: list[str]) -> int:
     config.warn_ignored(resolved)
     os.environ.update(resolved.env)
     runtime.configure(run.model.compute_dtype, deterministic=run.run.deterministic)
-    initialize_processes()
+    with preemption.heeded():
+        with preemption.postponed():
+            initialize_processes()
+        with watchdog.watching(run.run.ddp_timeout), agreement.others_named():
+            _run(run)
+    return 0
+
+
+def _run(run: config.RunConfig) -> None:
     if jax.process_index() != 0:
         commands.configure_logging("warning")  # the first process speaks for all
     # Imported here: datasets and transformers read the environment, which `env:` may have set, when they are imported.
@@ -53,7 +76,6 @@ def _train(argv: list[str]) -> int:
         from r1jax import sft
 
         sft.run(run)
-    return 0
 
 
 if __name__ == "__main__":
