@@ -52,8 +52,8 @@ def _train(argv: list[str]) -> int:
     config.warn_ignored(resolved)
     os.environ.update(resolved.env)
     runtime.configure(run.model.compute_dtype, deterministic=run.run.deterministic)
-    with preemption.heeded():
-        with preemption.postponed():
+    with preemption.heeded() as handler:
+        with preemption.joining(handler):
             initialize_processes()
         with watchdog.watching(run.run.ddp_timeout), agreement.others_named():
             _run(run)

@@ -7,6 +7,7 @@ the loop the signal only waits: what is left (the last save, the export) ends by
 import contextlib
 import itertools
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,13 +29,14 @@ class _Handler:
 
     def __init__(self) -> None:
         self.received = threading.Event()
-        self.training = False
+        self.waits = False
+        """Whether the signal is only noted."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         first = not self.received.is_set()
         self.received.set()
-        if first and not self.training:
+        if first and not self.waits:
             raise _Leaving
 
 
@@ -60,13 +62,15 @@ def heeded() -> Iterator[_Handler]:
 
 
 @contextlib.contextmanager
-def postponed() -> Iterator[None]:
+def joining(handler: _Handler) -> Iterator[None]:
     """Within it SIGTERM waits: a process that left while others join would let them wait in vain."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    handler.waits = True
+    yield
+    handler.waits = False
+    if handler.received.is_set():
+        if agreement.num_processes() == 1:
+            raise _Leaving
+        os.kill(os.getpid(), signal.SIGTERM)  # to JAX's service, which tells the others
 
 
 @contextlib.contextmanager
@@ -82,5 +86,5 @@ def on_sigterm() -> Iterator[Callable[[], bool]]:
         return
     there = signal.getsignal(signal.SIGTERM)
     with contextlib.nullcontext(there) if isinstance(there, _Handler) else heeded() as handler:
-        handler.training = True
+        handler.waits = True
         yield handler.received.is_set

@@ -40,6 +40,7 @@ def watching(seconds: float) -> Iterator[None]:
     stacks, a little later and without the line, and the exit code is its 1.
     """
     progress.begin()
+    _dump_in(seconds + 5 * _looks(seconds))
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(seconds, over), name="watchdog", daemon=True)
     watch.start()
@@ -51,15 +52,25 @@ def watching(seconds: float) -> Iterator[None]:
 
 
 def _watch(seconds: float, over: threading.Event) -> None:
-    between = min(seconds / 10, _MOST_SECONDS_BETWEEN_LOOKS)
+    between = _looks(seconds)
     while not over.wait(between):
         place = progress.here()
         silent = time.monotonic() - place.since
         told = agreement.posted()
         if silent > seconds or told:
             _give_up(_verdict(place, seconds, told), 2.5 * between)
-        faulthandler.dump_traceback_later(max(seconds - silent, 0) + 5 * between, exit=True, file=_STDERR)
+        _dump_in(max(seconds - silent, 0) + 5 * between)
     faulthandler.cancel_dump_traceback_later()
+
+
+def _looks(seconds: float) -> float:
+    """Seconds from one look at what was reported to the next."""
+    return min(seconds / 10, _MOST_SECONDS_BETWEEN_LOOKS)
+
+
+def _dump_in(seconds: float) -> None:
+    """Sets faulthandler's thread, which needs no lock: unless it is set anew by then, it ends the process."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
 
 def _verdict(place: progress.Place, seconds: float, told: list[str]) -> str:
