@@ -14,11 +14,13 @@ import traceback
 import jax
 from rich.console import Console
 
-from r1jax import commands, config, runtime
+from r1jax import commands, config, progress, runtime
 from r1jax.sharding.mesh import initialize_processes
 from r1jax.training import agreement, preemption, watchdog
 
 logger = logging.getLogger("r1jax.train")
+
+_READS = "reading model and data"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,10 +73,12 @@ def _run(run: config.RunConfig) -> None:
     if run.run.task == "grpo":
         from r1jax import grpo
 
+        progress.report(_READS)
         grpo.run(run)
     else:
         from r1jax import sft
 
+        progress.report(_READS)
         sft.run(run)
 
 

@@ -5,6 +5,7 @@ Without a launcher: the processes of a run are started here, so that a test sees
 
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.tiny import sums, write_model, write_rows
@@ -129,3 +131,15 @@ def finished(config: Path, world: Path, processes: int = 1, **environment: str) 
 def checkpoints(folder: Path) -> list[int]:
     """The steps of those that count as whole."""
     return sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def slow_disk(folder: Path, part: str) -> dict[str, str]:
+    """The environment of processes whose writes to paths with this part wait while `folder`/disk-waits is there."""
+    gcc = shutil.which("gcc")
+    if gcc is None:
+        pytest.skip("a disk that does not answer is made with gcc, which is not installed")
+    library = folder / "slow_disk.so"
+    if not library.exists():
+        source = Path(__file__).with_name("slow_disk.c")
+        subprocess.run([gcc, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library), "SLOW_PATH": part, "SLOW_WHILE": str(folder / "disk-waits")}
