@@ -74,6 +74,17 @@ class _Kept(PreservationPolicy):
         return [step in kept for step in steps]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for one thing."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never. Orbax would ask JAX's preemption service, from a thread, with the number of a step that is long past,
+        and the service takes that for where this process is: it then names a step that never comes, and a SIGTERM is
+        lost. The loop asks (training/preemption.py)."""
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints in one folder. Every process of a run makes one and calls the same methods in the same order."""
 
@@ -110,7 +121,7 @@ class Checkpoints:
         )
         self._failure = Failure()
         handlers = registry(self._failure)
-        self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers)
+        self._manager = _Manager(self.directory, options=options, handler_registry=handlers)
 
     def keep_best(self, step: int | None) -> None:
         """From the next save on, this checkpoint is not dropped (None: no one is better than the others)."""

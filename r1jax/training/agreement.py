@@ -34,6 +34,13 @@ def process_number() -> int:
     return distributed.global_state.process_id
 
 
+def take_no_signals() -> None:
+    """Takes SIGTERM from JAX's service, for a process that is through."""
+    if (manager := distributed.global_state.preemption_sync_manager) is not None:
+        manager.shutdown()
+        distributed.global_state.preemption_sync_manager = None
+
+
 def post(text: str) -> None:
     """Leaves a text that other processes find with `posted`, whatever they are at. Nothing where nobody answers."""
     if (client := distributed.global_state.client) is not None:

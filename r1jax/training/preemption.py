@@ -59,6 +59,10 @@ def heeded() -> Iterator[_Handler]:
     finally:
         if agreement.num_processes() == 1:
             signal.signal(signal.SIGTERM, before)
+        else:
+            # All is done; the processes only wait for each other's end.
+            agreement.take_no_signals()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
