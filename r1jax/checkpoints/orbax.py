@@ -36,6 +36,9 @@ _DELETED = ".deleted"
 _UNCOMMITTED = ".orbax-checkpoint-tmp"
 """Orbax's mark in the name of what it has not committed."""
 
+_PARTS_THAT_RAISE = 2
+"""Orbax's manager and its checkpointer each raise once, when closed, what went wrong with a save."""
+
 
 def locate(path: Path) -> tuple[Path, int | None] | None:
     """The folder of checkpoints that a path means, and the step where it names one; None when it means none.
@@ -259,12 +262,12 @@ class Checkpoints:
         """
         if self._failure.error is None:
             self.wait()
-        elif jax.process_count() > 1:
-            return
-        else:
-            with contextlib.suppress(Exception):
-                self._manager.wait_until_finished()
-        self._manager.close()
+            self._manager.close()
+        elif jax.process_count() == 1:
+            for _ in range(_PARTS_THAT_RAISE + 1):
+                with contextlib.suppress(Exception):
+                    self._manager.close()
+                    return
 
     def _target(self) -> Path:
         """The checkpoint that was begun last."""

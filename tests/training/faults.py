@@ -3,7 +3,10 @@
 Without a launcher: the processes of a run are started here, so that a test sees how each of them ends.
 """
 
+import contextlib
 import dataclasses
+import errno
+import json
 import os
 import shutil
 import signal
@@ -11,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +146,43 @@ def slow_disk(folder: Path, part: str) -> dict[str, str]:
         source = Path(__file__).with_name("slow_disk.c")
         subprocess.run([gcc, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
     return {"LD_PRELOAD": str(library), "SLOW_PATH": part, "SLOW_WHILE": str(folder / "disk-waits")}
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Path]:
+    """The folder, with a file system of its own that holds so much. Who may not mount one skips."""
+    folder.mkdir()
+    options = f"size={kib}k,mode=0777"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small disk is a tmpfs mount, which needs root: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all that is left of the disk; deleting it makes room again."""
+    path = disk / "everything-else"
+    with path.open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(4096))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                return path
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
