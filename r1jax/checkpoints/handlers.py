@@ -5,10 +5,23 @@ those that did write wait for the one that could not, twenty minutes by default.
 """
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
+
+
+class _Unheard:
+    """A hook for exceptions that nobody can catch, without those of tensorstore's writes that end after another has
+    failed: they answer to an event loop that Orbax has closed, and would print a traceback for each."""
+
+    def __init__(self, otherwise: Callable[[Any], Any]) -> None:
+        self._otherwise = otherwise
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._otherwise(unraisable)
 
 
 class Failure:
@@ -16,6 +29,8 @@ class Failure:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
+        if not isinstance(sys.unraisablehook, _Unheard):
+            sys.unraisablehook = _Unheard(sys.unraisablehook)
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:

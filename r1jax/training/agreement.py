@@ -1,4 +1,4 @@
-"""What one process decides or says and all must know: several processes may see files, clocks and services differently."""
+"""What one process decides or says and all must know: they may see files, clocks and services differently."""
 
 import contextlib
 import re

@@ -1,7 +1,7 @@
 """SIGTERM, with which schedulers announce that they take the machine: a run saves once, on all processes, and leaves.
 
-Before the first update there is nothing to save: a process alone leaves at once, several when all are at the loop. After
-the loop the signal only waits: what is left (the last save, the export) ends by itself, and is needed.
+Before the first update there is nothing to save: a process alone leaves at once, several when all are at the loop.
+After the loop the signal only waits: what is left (the last save, the export) ends by itself, and is needed.
 """
 
 import contextlib

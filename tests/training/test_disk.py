@@ -124,7 +124,9 @@ def test_a_token_cache_that_is_full_names_its_variable(disk: Path, monkeypatch: 
     monkeypatch.setenv("R1JAX_CACHE", str(disk))
     folder = array_folder.cache_folder("tokenised") / "rows"
     chunks = [{"tokens": np.zeros(2**20, np.int32)}] * 2
-    with pytest.raises(UserError, match="^R1JAX_CACHE: need room for the tokenised rows, got a full disk at ") as found:
+    with pytest.raises(
+        UserError, match=r"^R1JAX_CACHE: need room for the tokenised rows, got a full disk at "
+    ) as found:
         array_folder.find_or_write(folder, {"tokens": np.int32}, lambda: chunks)
     assert "\n" not in str(found.value)
     assert [path.name for path in folder.parent.iterdir()] == ["rows.lock"]  # no half of it

@@ -1,4 +1,4 @@
-"""A process that is stuck in truth ends with exit code 124 and shows where; one that works or waits its turn does not."""
+"""A process that is stuck in truth ends with code 124 and shows where; one that works or waits its turn goes on."""
 
 import subprocess
 import sys
