@@ -58,7 +58,7 @@ def _watch(seconds: float, over: threading.Event) -> None:
         silent = time.monotonic() - place.since
         told = agreement.posted()
         if silent > seconds or told:
-            _give_up(_verdict(place, seconds, told), 2.5 * between)
+            _give_up(_verdict(place, silent, told), 2.5 * between)
         _dump_in(max(seconds - silent, 0) + 5 * between)
     faulthandler.cancel_dump_traceback_later()
 
@@ -73,12 +73,13 @@ def _dump_in(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
 
-def _verdict(place: progress.Place, seconds: float, told: list[str]) -> str:
+def _verdict(place: progress.Place, silent: float, told: list[str]) -> str:
+    """One line: how long nothing came, who and where this process is, and whose limit (ddp_timeout) was reached."""
     step = "" if place.step is None else f", step {place.step}"
     where = f"process {agreement.process_number()} on host {socket.gethostname()}{step}, {place.phase}"
     spot = _spot(sys._current_frames().get(threading.main_thread().ident or 0))
-    why = f"ended with process {told[0]}, which made no progress" if told else f"no progress for {seconds:g} s"
-    return f"{why}: {where}, in {spot}; the stacks stand above, ddp_timeout is the limit"
+    whose = f"process {told[0]}" if told else "it"
+    return f"no progress for {silent:.0f} s: {where}, in {spot}; {whose} met ddp_timeout, the stacks stand above"
 
 
 def _spot(frame: FrameType | None) -> str:
