@@ -1,6 +1,7 @@
 """Runs that are stuck for real: each process shows where it is and ends with exit code 124."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def test_a_disk_that_never_answers(world: Path, flag: Path) -> None:
         assert DDP_TIMEOUT - 1 < time.monotonic() - began < DDP_TIMEOUT + 20
     finally:
         end([trainer])
-    assert last_line(trainer).startswith("no progress for 30 s: process 0 on host ")
+    assert re.match(r"no progress for 3\d s: process 0 on host ", last_line(trainer))
     assert ", step 8, checkpoint, in wait (checkpoints/orbax.py:" in last_line(trainer)
     flag.unlink()
     finished(config, world)
@@ -64,9 +65,9 @@ def test_the_one_of_two_that_is_not_in_a_collective_is_seen(world: Path, flag: P
     finally:
         end(trainers)
     stuck, waiting = map(last_line, trainers)
-    assert stuck.startswith("no progress for 30 s: process 0 on host ") and ", in log (trackers/jsonl.py:" in stuck
-    assert waiting.startswith("ended with process 0, which made no progress: process 1 on host ")
-    assert ", in add (training/recorder.py:" in waiting
+    assert re.match(r"no progress for [23]\d s: process 0 on host .*, in log \(trackers/jsonl\.py:", stuck)
+    assert re.match(r"no progress for [23]\d s: process 1 on host .*, in add \(training/recorder\.py:", waiting)
+    assert sorted(line.split("; ")[1].split(" met ")[0] == "it" for line in (stuck, waiting)) == [False, True]
     assert all("most recent call first" in trainer.said() for trainer in trainers)
 
 
@@ -87,11 +88,9 @@ def test_a_frozen_grader_costs_a_completion_and_no_run(tmp_path: Path) -> None:
             assert grader not in graders(trainer)
         finally:
             end([trainer])
-        lost = [
-            row["rewards/likes_w3/timeouts"] + row["rewards/likes_w3/crashes"] for row in grpo.metrics(world / "frozen")
-        ]
-        batches = [row["rewards/likes_w3/batch_failures"] for row in grpo.metrics(world / "frozen")]
-        assert sum(lost) + sum(batches) >= 1
+        kinds = ("timeouts", "crashes", "batch_failures")
+        lost = [sum(row[f"rewards/likes_w3/{kind}"] for kind in kinds) for row in grpo.metrics(world / "frozen")]
+        assert sum(lost) >= 1
 
 
 def graders(trainer: Trainer) -> list[int]:

@@ -1,5 +1,6 @@
 """A process that is stuck in truth ends with code 124 and shows where; one that works or waits its turn goes on."""
 
+import re
 import subprocess
 import sys
 import time
@@ -39,7 +40,8 @@ def test_a_stuck_process_names_itself_and_shows_every_thread():
     assert done.returncode == 124 and seconds < 55
     assert "in helper" in done.stderr and "in stuck" in done.stderr
     *_, last = done.stderr.splitlines()
-    assert last.startswith("no progress for 1 s: process 0 on host ") and ", step 12, rewards, in " in last
+    who = r"process 0 on host \S+, step 12, rewards, in code that is not r1jax's"
+    assert re.match(rf"no progress for \d+ s: {who}; it met ddp_timeout, the stacks stand above", last)
     assert "Traceback" not in done.stderr
 
 
