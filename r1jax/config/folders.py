@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from r1jax.config.errors import RunFailure, need, shown
@@ -29,7 +29,7 @@ def check_folder(field: str, name: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(field: str, path: Path) -> Iterator[None]:
+def writing(field: str, path: Path) -> Generator[None]:
     """Within it, what the system says against writing the file or folder is a `RunFailure` that names the key."""
     try:
         yield

@@ -51,7 +51,7 @@ def test_a_slow_disk_holds_training_up_and_is_told(world: Path, whole: Path) -> 
     environment, flag = slow_disk(world, "/checkpoints/"), world / "disk-waits"
     flag.touch()
     config = recipe(world, "slow")
-    (trainer,) = start(config, world, **environment)
+    (trainer,) = start(config, world, 1, **environment)
     try:
         trainer.until_said("step 8/12")
         assert checkpoints(world / "slow") == []
@@ -114,7 +114,7 @@ def test_a_disk_that_turns_read_only(world: Path, whole: Path, disk: Path) -> No
     config = recipe(world, "read-only", output_dir=str(disk / "out"))
     folder, flag = disk / "out" / "checkpoints", world / "disk-waits"
     flag.touch()
-    (trainer,) = start(config, world, **slow_disk(world, "/checkpoints/8"))
+    (trainer,) = start(config, world, 1, **slow_disk(world, "/checkpoints/8"))
     try:
         trainer.until(lambda: (folder / "8.orbax-checkpoint-tmp").exists())
         subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
@@ -148,7 +148,7 @@ def test_an_export_without_room_comes_with_the_next_start(world: Path, whole: Pa
     config = recipe(world, "export", output_dir=str(disk / "out"))
     flag = world / "disk-waits"
     flag.touch()
-    (trainer,) = start(config, world, **slow_disk(world, "/.export-incomplete/"))
+    (trainer,) = start(config, world, 1, **slow_disk(world, "/.export-incomplete/"))
     try:
         trainer.until(lambda: (disk / "out" / ".export-incomplete").exists())
         assert checkpoints(disk / "out") == [4, 8, 12]

@@ -37,7 +37,7 @@ def test_a_disk_that_never_answers(world: Path, flag: Path) -> None:
     """Checkpoint 4 is never written; the save after step 8 waits for it."""
     flag.touch()
     config = recipe(world, "never", ddp_timeout=DDP_TIMEOUT)
-    (trainer,) = start(config, world, **slow_disk(world, "/checkpoints/"))
+    (trainer,) = start(config, world, 1, **slow_disk(world, "/checkpoints/"))
     try:
         trainer.until_said("step 8/12")
         began = time.monotonic()
