@@ -204,6 +204,7 @@ def train_policy(
         tasks=loop.Tasks(
             evaluate=measure if task.held_out is not None else None,
             save=dataclasses.replace(keeper, beside=beside).save,
+            check=keeper.check,
         ),
     )
 

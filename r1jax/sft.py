@@ -202,5 +202,5 @@ def train_model(
         step,
         cadence=make_cadence(config, plan.num_steps, plan.num_steps_per_epoch),
         recorder=keeper.recorder,
-        tasks=loop.Tasks(evaluate=measure if held_out is not None else None, save=keeper.save),
+        tasks=loop.Tasks(evaluate=measure if held_out is not None else None, save=keeper.save, check=keeper.check),
     )

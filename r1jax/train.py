@@ -13,14 +13,19 @@ import sys
 import jax
 from rich.console import Console
 
-from r1jax import commands, config, runtime
+from r1jax import commands, config, progress, runtime
 from r1jax.sharding.processes import initialize_processes, leave
+from r1jax.training import agreement, preemption, watchdog
 
 logger = logging.getLogger("r1jax.train")
 
+_READS = "reading model and data"
+
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 when the model is exported, or saved after a SIGTERM."""
+    """The exit code: 0 when the model is exported, or saved after a SIGTERM; 2 for what the user can mend, 1 for what
+    fails in the run, 124 where it gets nowhere (training/watchdog.py).
+    """
     return leave(commands.run(_train, sys.argv[1:] if argv is None else argv))
 
 
@@ -37,7 +42,15 @@ def _train(argv: list[str]) -> int:
     config.warn_ignored(resolved)
     os.environ.update(resolved.env)
     runtime.configure(run.model.compute_dtype, deterministic=run.run.deterministic)
-    initialize_processes()
+    with preemption.heeded() as handler:
+        with preemption.joining(handler):
+            initialize_processes()
+        with watchdog.watching(run.run.ddp_timeout), agreement.others_named():
+            _run(run)
+    return 0
+
+
+def _run(run: config.RunConfig) -> None:
     if jax.process_index() != 0:
         commands.configure_logging("warning")  # the first process speaks for all
     # Imported here: datasets and transformers read the environment, which `env:` may have set, when they are imported.
@@ -48,12 +61,13 @@ def _train(argv: list[str]) -> int:
     if run.run.task == "grpo":
         from r1jax import grpo
 
+        progress.report(_READS)
         grpo.run(run)
     else:
         from r1jax import sft
 
+        progress.report(_READS)
         sft.run(run)
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ LAYERS = {
     **dict.fromkeys(("data", "objectives", "rewards", "rollout", "checkpoints"), 2),
     **dict.fromkeys(("optimizer", "footprint", "trackers"), 2),
     **dict.fromkeys(("models", "sharding", "sandbox", "xla_flags"), 1),
-    **dict.fromkeys(("config", "batch"), 0),
+    **dict.fromkeys(("config", "batch", "progress"), 0),
     "vllm_plugin": -1,
 }
 OPTIONAL = {"torch", "vllm", "wandb", "deepspeed", "e2b", "morphcloud", "tokamax", "jieba"}

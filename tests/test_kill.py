@@ -26,7 +26,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 from r1jax.trackers.tensorboard import records
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMING = {"tokens_per_second", "time/step", "tflops_per_device", "mfu", "memory/peak_gib", "eval_runtime"}
+TIMING = {
+    "tokens_per_second",
+    "time/step",
+    "time/checkpoint_wait",
+    "tflops_per_device",
+    "mfu",
+    "memory/peak_gib",
+    "eval_runtime",
+}
 WINDOW_SECONDS = 120
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from r1jax import progress
 from r1jax.checkpoints.tensor_files import TensorFiles, read_json, stored_dtype
 from r1jax.checkpoints.vocabulary import read_grown
 from r1jax.config.errors import need
@@ -96,6 +97,7 @@ def load_from(
     buffer = np.empty(largest, dtype)
     params: dict[str, Any] = {}
     for name in tensor_names(config):
+        progress.report("loading weights")
         shape = leaf_at(abstract, name.path).shape
         parent = params
         for key in name.path[:-1]:

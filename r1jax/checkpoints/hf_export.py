@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, PyTree
 from safetensors.numpy import save_file
 
+from r1jax import progress
 from r1jax.checkpoints.generation import generation_config as with_stop_ids
 from r1jax.checkpoints.hf import config_dtype, hf_tensors, leaf_at, with_dtype
 from r1jax.checkpoints.model_card import Card, card_text
@@ -122,6 +123,7 @@ def _write_weights(staging: Path, shards: list[list[_Tensor]], dtype: str, write
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         gathered: dict[str, np.ndarray] = {}
         for tensor in shard:
+            progress.report("export")
             whole = _gather(tensor, dtype)
             if writes:
                 gathered[tensor.name] = np.ascontiguousarray(whole)

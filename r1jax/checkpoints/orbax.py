@@ -3,6 +3,7 @@
 The loop saves and resumes through `Checkpoints`; convert reads the parameters alone. Orbax stays behind this file.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -16,7 +17,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from r1jax.checkpoints import integrity
+from r1jax.checkpoints.handlers import Failure, registry
 from r1jax.config.errors import need, shown
+from r1jax.config.folders import system_error, write_failure, writing
 
 SCHEMA_VERSION = 1
 """Of the state's and the metadata's layout; raised when an older reader would misread a newer checkpoint."""
@@ -32,6 +35,9 @@ MODEL_FILES = "model"
 _DELETED = ".deleted"
 _UNCOMMITTED = ".orbax-checkpoint-tmp"
 """Orbax's mark in the name of what it has not committed."""
+
+_PARTS_THAT_RAISE = 2
+"""Orbax's manager and its checkpointer each raise once, when closed, what went wrong with a save."""
 
 
 def locate(path: Path) -> tuple[Path, int | None] | None:
@@ -71,6 +77,17 @@ class _Kept(PreservationPolicy):
         return [step in kept for step in steps]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for one thing."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never. Orbax would ask JAX's preemption service, from a thread, with the number of a step that is long past,
+        and the service takes that for where this process is: it then names a step that never comes, and a SIGTERM is
+        lost. The loop asks (training/preemption.py)."""
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints in one folder. Every process of a run makes one and calls the same methods in the same order."""
 
@@ -86,12 +103,13 @@ class Checkpoints:
 
         `model_files`, content by name, go into each checkpoint.
         """
-        # Orbax reports each phase of each save through absl; its own errors are raised, not logged.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax reports each phase of each save through absl, and its errors too, which it also raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = directory.absolute()
         # Saved or restored here, so already what `save` would write; any other step is another run's past.
         self._ours: set[int] = set()
-        self._saving = 0
+        self.begun: int | None = None
+        """The step that was saved last, complete or not."""
         self._read_only, self._cleaned = read_only, False
         self._model_files = dict(model_files or {})
         self._whole: set[int] = set()
@@ -104,11 +122,9 @@ class Checkpoints:
             read_only=read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        # Compressed, a save takes six times as long [SmolLM2-135M, two cores: 2.4 s, 0.4 s without]; trained float32
-        # weights and moments hardly get smaller.
-        state_handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-        handlers = {"state": state_handler, "metadata": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._failure = Failure()
+        handlers = registry(self._failure)
+        self._manager = _Manager(self.directory, options=options, handler_registry=handlers)
 
     def keep_best(self, step: int | None) -> None:
         """From the next save on, this checkpoint is not dropped (None: no one is better than the others)."""
@@ -122,24 +138,31 @@ class Checkpoints:
         """Whether a checkpoint was begun: False for a step that this object has saved or restored already.
 
         Returns when the arrays have left the devices, so that the caller may donate them; files are written behind it,
-        and `wait` or the next `save` raises what went wrong there. Leaves keep their dtype. A checkpoint of this step
-        that an earlier run left is replaced.
+        and `check`, `wait` or the next `save` raises what went wrong there: `RunFailure` where the system would not
+        write. Leaves keep their dtype. A checkpoint of this step that an earlier run left is replaced.
         """
         assert "params" in _by_path(state, depth=1), "a state has its parameters under a top-level `params`"
         if step in self._ours:
             return False
         self.wait()
-        if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        self._clean()
-        if step in self._manager.all_steps():
-            self._delete(step)
         document = {"schema_version": SCHEMA_VERSION, "step": step, **metadata}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(document))
-        self._saving = step
-        self._manager.save(step, args=items, force=True)
+        self.begun = step
+        with writing("output_dir", self.directory / str(step)):
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            self._clean()
+            if step in self._manager.all_steps():
+                self._delete(step)
+            self._manager.save(step, args=items, force=True)
         self._ours.add(step)
         return True
+
+    def check(self) -> None:
+        """Nothing; raises what has gone wrong behind the last save, without waiting for its end."""
+        if (error := self._failure.error) is not None:
+            reason = system_error(error)
+            raise error if reason is None else write_failure("output_dir", self._target(), reason) from error
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """The state, laid out as `abstract_state` (ShapeDtypeStructs with shardings, of any mesh), and its metadata.
@@ -225,26 +248,43 @@ class Checkpoints:
             self._ours.discard(later)
 
     def wait(self) -> None:
-        """Returns when what was saved is complete on disk; raises what went wrong."""
-        self._manager.wait_until_finished()
-        self._empty_deleted()
+        """Returns when what was saved is complete on disk; raises what went wrong, as `check` does."""
+        self.check()
+        with writing("output_dir", self._target()):
+            self._manager.wait_until_finished()
+            self._empty_deleted()
 
     def close(self) -> None:
-        """Waits, then ends Orbax's threads."""
-        self.wait()
-        self._manager.close()
+        """Waits, then ends Orbax's threads.
+
+        After a save that failed, and that has been told, nothing is waited for where there are other processes: Orbax
+        would meet them at a barrier, and they may wait for this one elsewhere.
+        """
+        if self._failure.error is None:
+            self.wait()
+            self._manager.close()
+        elif jax.process_count() == 1:
+            for _ in range(_PARTS_THAT_RAISE + 1):
+                with contextlib.suppress(Exception):
+                    self._manager.close()
+                    return
+
+    def _target(self) -> Path:
+        """The checkpoint that was begun last."""
+        return self.directory / str(self.begun)
 
     def _document(self, step: int) -> Any:
         return json.loads((self.directory / str(step) / "metadata" / "metadata").read_text(encoding="utf-8"))
 
     def _seal(self) -> None:
         """Called by Orbax on the first process, when all files are written and nothing is committed."""
-        folder = self.directory / f"{self._saving}{_UNCOMMITTED}"
-        for name, content in self._model_files.items():
-            path = folder / MODEL_FILES / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        integrity.seal(folder)
+        folder = self.directory / f"{self.begun}{_UNCOMMITTED}"
+        with self._failure.noted():
+            for name, content in self._model_files.items():
+                path = folder / MODEL_FILES / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            integrity.seal(folder)
 
     def _delete(self, step: int) -> None:
         self._manager.delete(step)

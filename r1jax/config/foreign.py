@@ -36,7 +36,6 @@ FOREIGN: dict[str, str] = {
     "dataloader_pin_memory": _LOADER,
     "dataloader_prefetch_factor": _LOADER,
     "dataloader_persistent_workers": _LOADER,
-    "ddp_timeout": _TORCH,
     "ddp_find_unused_parameters": _TORCH,
     "ddp_backend": _TORCH,
     "deepspeed": _TORCH,

@@ -35,6 +35,9 @@ class RunSettings:
     hub_timeout: float = 1800.0
     """Seconds that one push to the hub may take; then it counts as failed."""
 
+    ddp_timeout: float = 1800.0
+    """Seconds without any progress after which a process shows its stacks and ends with exit code 124."""
+
     log_level: LogLevel = "passive"
     """Least severe message that is shown; passive means info."""
 
@@ -43,6 +46,7 @@ class RunSettings:
         require(bool(self.output_dir.strip()), "output_dir", "a folder name", self.output_dir, "name a folder")
         self.profiled_steps()
         require(self.hub_timeout > 0, "hub_timeout", "x > 0", self.hub_timeout, "give a number of seconds")
+        require(self.ddp_timeout > 0, "ddp_timeout", "x > 0", self.ddp_timeout, "give a number of seconds")
         if isinstance(self.resume_from_checkpoint, str):
             named = bool(self.resume_from_checkpoint.strip())
             advice = "name a checkpoint folder, or remove the key to resume by itself"

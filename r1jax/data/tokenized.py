@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from r1jax import progress
 from r1jax.config.errors import need
 from r1jax.data import token_store
 from r1jax.data.encoding import DROPPED, TRUNCATED, UNALIGNED, EncodedRows, RowEncoder
@@ -110,6 +111,7 @@ def _counted(
     """The chunks, with a bar."""
     with contextlib.closing(chunks), row_bar(title, total, show=show_progress) as advance:
         for chunk in chunks:
+            progress.report(title)
             yield chunk
             advance(len(chunk.fates))
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from r1jax import progress
 from r1jax.config.errors import RunFailure
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def _lock(descriptor: int, path: Path, folder: Path) -> bool:
             beat = os.fstat(descriptor).st_mtime_ns
             if beat != last:
                 last, since = beat, time.monotonic()
+                progress.report("waiting for another process's tokens")
             elif time.monotonic() - since > STALL_SECONDS:
                 raise RunFailure(
                     f"{folder}: {_holder(path)} has been writing it and got nowhere for {STALL_SECONDS:.0f} s; "

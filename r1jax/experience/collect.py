@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from r1jax import progress
 from r1jax.batch import Rollout
 from r1jax.data.prompts import Prompts
 from r1jax.experience.exchange import all_gathered
@@ -65,7 +66,9 @@ class Collector:
         """
         mine = np.array_split(np.asarray(indices), jax.process_count())[jax.process_index()].tolist()
         rollouts, rollout_seconds = _timed(lambda: self._sample(prompts, mine, group_size, step))
+        progress.report("rewards")
         scores = self._score(prompts, rollouts, log_of)
+        progress.report("exchange of rollouts")
         parts = all_gathered((rollouts, scores.values, dict(scores.counts), rollout_seconds, scores.seconds))
         values = np.concatenate([part[1] for part in parts])
         rewards = combine(values, self.reward_weights)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from r1jax.config.folders import writing
 from r1jax.experience.collect import Experience
 
 FOLDER = "completions"
@@ -44,11 +45,12 @@ def of_unique_prompts(rows: Rows) -> Rows:
 
 def write_completions(folder: Path, step: int, rows: Rows) -> None:
     """Writes completions_STEP.parquet, complete or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"completions_{step:05d}.parquet"
     temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.table(rows), temporary)
-    temporary.replace(path)
+    with writing("output_dir", path):
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(rows), temporary)
+        temporary.replace(path)
 
 
 def discard_completions(folder: Path, start_step: int) -> None:

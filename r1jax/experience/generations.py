@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from r1jax import progress
 from r1jax.batch import PackedBatch, Rollout
 from r1jax.data.prompts import Prompts
 from r1jax.experience.batches import Geometry, StepLayout, build_step, lay_out_step
@@ -98,6 +99,7 @@ class Generations:
         clock = _Clock()
         jax.block_until_ready(params)
         clock.lap("time/update")  # what the last update still took when the host had nothing else to do
+        progress.report("sync of weights")
         self.collector.engine.sync(params, step)
         clock.lap("time/sync")
         generation = self.plan.step(step)[0]
@@ -121,6 +123,7 @@ class Generations:
             _, chosen, micro_batches = self.plan.step(step)
             key = tuple(chosen.tolist())
             if key not in made:
+                progress.report("packing and scoring")
                 batch, layout = self.packer.pack(experience, key, micro_batches)
                 made[key] = Ready(
                     batch=self._with_scores(batch, params),

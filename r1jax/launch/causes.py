@@ -28,7 +28,7 @@ _LOST_PEER = re.compile(
     r"|JaxRuntimeError: (UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)"
 )
 # The watchdog (training/watchdog.py) of a process whose turn came after another's.
-_FOLLOWED = re.compile(r"ended with process \d+, which made no progress")
+_FOLLOWED = re.compile(r"no progress for .*; process \d+ met ddp_timeout")
 # Before the traceback of an exception that has ended nothing.
 _IGNORED = re.compile(r"Exception (ignored )?in ")
 # Lines of C++ logs and stacks, which come after the line that matters.

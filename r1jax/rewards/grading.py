@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from r1jax import progress
 from r1jax.config.errors import RunFailure
 from r1jax.rewards.convention import GIVEN, conversations
 from r1jax.rewards.ledger import Ledger, Task
@@ -145,6 +146,7 @@ class Graders:
             return
         if call is not None and answer is not None:
             ledger.enter(call, call.functions[number], answer)
+            progress.report("rewards")
         self._failed_starts = 0
 
     def _lose(self, place: int, ledger: Ledger, kind: str) -> None:
@@ -152,6 +154,7 @@ class Graders:
         process.kill()
         if process.call is not None:
             ledger.lost(process.call, process.call.functions[process.answered], kind)
+            progress.report("rewards")
         elif not process.ready:
             self._failed_starts += 1
             if self._failed_starts == _FAILED_STARTS:

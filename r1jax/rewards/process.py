@@ -18,7 +18,8 @@ SECONDS_TO_START = 120
 """A worker that has not imported its functions by then is broken."""
 
 _SECONDS_TO_SEND = 10
-"""An idle worker reads at once; one that does not is stopped, or busy with something that a grader left behind."""
+"""An idle worker reads at once; one that does not is stopped, or busy with something that a grader left behind. An
+answer that has begun comes at once too, unless its worker was stopped in the middle of it."""
 
 
 class Process:
@@ -26,7 +27,8 @@ class Process:
 
     def __init__(self, functions: Sequence[Any], memory_limit: int) -> None:
         ours, theirs = socket.socketpair()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SECONDS_TO_SEND, 0))
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _SECONDS_TO_SEND, 0))
         with theirs:
             # -c, not -m: modules are found exactly where the parent finds them
             code = (

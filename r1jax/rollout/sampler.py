@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from r1jax import progress
 from r1jax.config.errors import at_least, need
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import DecodeParams
@@ -93,6 +94,7 @@ class Sampler:
         units.sort(key=lambda unit: -len(unit.prompt))
         found: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(units), size):
+            progress.report("rollout")
             batch = units[start : start + size]
             drawn = self._draw(batch + [_NOBODY] * (size - len(batch)), width, settings, step)
             for unit, completions in zip(batch, drawn, strict=False):
@@ -111,6 +113,7 @@ class Sampler:
             if size > sizes[0]:
                 if jax.device_get(slots.stopped).all():
                     break
+                progress.report("rollout")
                 kind = kind._replace(new_size=size)
                 slots = widen_slots(slots, kind=kind)
             slots = finish_slots(self.params, cache, prompts.lengths, slots, request, kind=kind)

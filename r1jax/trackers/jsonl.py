@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import SupportsFloat
 
+from r1jax.config.folders import writing
 from r1jax.trackers.tracker import Metrics
 
 
@@ -15,17 +16,21 @@ class JsonLines:
 
     def __init__(self, path: Path, start_step: int):
         """start_step is that of the checkpoint the run goes on from: later rows are dropped, at 0 all of them."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        truncate(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing("output_dir", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            truncate(path, start_step)
+            self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
         row = {"step": int(step)} | {name: _strict(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing("output_dir", self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writing("output_dir", self._path):
+            self._file.close()
 
 
 def truncate(path: Path, start_step: int) -> None:

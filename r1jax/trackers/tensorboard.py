@@ -11,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
+from r1jax.config.folders import writing
 from r1jax.trackers.tracker import Metrics, chart_name
 
 _HEADER, _CHECKSUM = 12, 4
@@ -25,25 +26,29 @@ class TensorBoard:
 
     def __init__(self, directory: Path, start_step: int):
         """Cuts what earlier starts logged after start_step; at 0 all of it."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in sorted(directory.glob("*tfevents*")):
-            truncate_events(path, start_step)
         # The name that TensorBoard looks for; two starts within one second have different processes.
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.from{start_step}"
-        self._file = (directory / name).open("ab")
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if start_step:
-            # For a TensorBoard that has read the later steps already: it forgets them.
-            begins = SessionLog(status=SessionLog.START)
-            self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=begins))
+        self._path = directory / name
+        with writing("output_dir", self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in sorted(directory.glob("*tfevents*")):
+                truncate_events(path, start_step)
+            self._file = self._path.open("ab")
+            self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+            if start_step:
+                # For a TensorBoard that has read the later steps already: it forgets them.
+                begins = SessionLog(status=SessionLog.START)
+                self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=begins))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            self._write(Event(wall_time=time.time(), step=step, summary=scalar(chart_name(name), float(value))))
-        self._file.flush()
+        with writing("output_dir", self._path):
+            for name, value in metrics.items():
+                self._write(Event(wall_time=time.time(), step=step, summary=scalar(chart_name(name), float(value))))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writing("output_dir", self._path):
+            self._file.close()
 
     def _write(self, event: Event) -> None:
         data = event.SerializeToString()

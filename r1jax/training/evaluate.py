@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from r1jax import progress
 from r1jax.batch import PackedBatch
 from r1jax.training.step import EvalStep
 
@@ -16,7 +17,11 @@ def evaluate(params: Any, batches: Iterable[PackedBatch], step: EvalStep) -> dic
     Sums are added over all batches before the one division, so batches of different sizes weigh rightly.
     """
     start = time.perf_counter()
-    sums = [step(params, batch) for batch in batches]
+    sums = []
+    for batch in batches:
+        progress.report("evaluation")
+        sums.append(step(params, batch))
+        jax.block_until_ready(sums[-2:-1])  # one ahead of the devices and no more: then reports say what is done
     totals = jax.tree.map(lambda *values: float(sum(values)), *jax.device_get(sums)) if sums else {}
     count = max(totals.get("loss_tokens", 0.0), 1.0)
     return {

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from r1jax import progress
 from r1jax.batch import PackedBatch
 from r1jax.training.cadence import Cadence
 from r1jax.training.preemption import on_sigterm
@@ -44,6 +45,8 @@ class Tasks:
 
     evaluate: Callable[[TrainState], Mapping[str, float]] | None
     save: Callable[[int, TrainState], None]
+    check: Callable[[], None] = lambda: None
+    """Raises what has failed behind the loop, such as a save."""
 
 
 def run(
@@ -74,13 +77,19 @@ def run(
 
     done = saved = int(state.step)
     with on_sigterm() as requested:
+        if requested():
+            logger.info("SIGTERM before training: there is nothing to save")
+            return state, done
+        progress.report("next batch", done + 1)
         for given in inputs(now):
+            progress.report("update")
             # A stray host array here would be a transfer, and a wait, in every step.
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, given.batch)
             settle()
             pending, done = (given, metrics), given.step + 1
-            stops = requested(done)
+            tasks.check()
+            stops = requested()
             evaluates = tasks.evaluate is not None and cadence.evaluates(done)
             saves = stops or cadence.saving.due(done)
             if cadence.logs(done) or evaluates or saves:
@@ -90,14 +99,18 @@ def run(
             if evaluates or saves:
                 recorder.pause()
                 if evaluates and tasks.evaluate is not None:
+                    progress.report("evaluation")
                     recorder.emit(done, tasks.evaluate(state))
                 if saves:
+                    progress.report("checkpoint")
                     tasks.save(done, state)
                     saved = done
                 recorder.resume()
             if stops:
                 logger.info("SIGTERM: saved step %d", done)
                 return state, done
+            progress.report("next batch", done + 1)
+    progress.report("end of the run", done)
     settle()
     if saved != done and cadence.saving.steps is not None:  # the end of the run is always worth keeping
         tasks.save(done, state)

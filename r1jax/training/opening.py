@@ -5,15 +5,13 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
-from r1jax.config import RunConfig, to_yaml
+from r1jax.config import RunConfig
 from r1jax.training.order import DataOrder
 from r1jax.training.publish import Publisher
 from r1jax.training.recorder import Report
 from r1jax.training.resume import Start, find_start, goes_on
-from r1jax.training.saving import Keeper, StepPlan, best_so_far, open_recorder
+from r1jax.training.saving import Keeper, StepPlan, best_so_far, open_recorder, write_config
 from r1jax.training.source import Source, model_files
 from r1jax.training.state import StateLayout
 
@@ -54,10 +52,7 @@ def begin_writing(
 
     report: how a task's sums become metrics. The keeper's recorder is the caller's to close.
     """
-    output_dir = Path(config.run.output_dir)
-    if jax.process_index() == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(to_yaml(config))
+    write_config(config)
     opening.publisher.start()
     return Keeper(
         config=config,

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from r1jax import progress
 from r1jax.checkpoints.orbax import FOLDER
 from r1jax.checkpoints.repository import PushFailed, Repository, Upload
 from r1jax.config.errors import need
@@ -126,6 +127,7 @@ class Publisher:
             logger.info("hub: waiting for %d pushes, at most %g s each", num_waiting, self._seconds)
         # The others wait too, a moment at a time: a process that ends early ends the whole run.
         while first_says(self._queue.num_waiting()):
+            progress.report("uploads")  # each push has its own deadline, hub_timeout
             self._queue.wait(1.0)
         if first:
             shutil.rmtree(self._staging, ignore_errors=True)

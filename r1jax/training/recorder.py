@@ -59,6 +59,10 @@ class Window:
         for name, value in device.items():
             combine = {"_min": min, "_max": max}.get(name[-4:], operator.add)
             self.sums[name] = combine(self.sums[name], value) if name in self.sums else value
+        self.note(host)
+
+    def note(self, host: Mapping[str, float]) -> None:
+        """Takes in what the host knows."""
         for name, value in host.items():
             if not math.isnan(value):
                 total, count = self.host.get(name, (0.0, 0))
@@ -187,6 +191,10 @@ class Recorder:
             if "tokens_per_second" in metrics:
                 words.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
             logger.info("step %d/%d  %s", step, self._num_steps, "  ".join(words))
+
+    def waited(self, seconds: float) -> None:
+        """Takes in that a save waited so long for the one before it to be written; speed is without this time."""
+        self._window.note({"time/checkpoint_wait": seconds})
 
     def pause(self) -> None:
         """Stops the clock, so that evaluation and saving do not count as training time."""

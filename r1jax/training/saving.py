@@ -1,12 +1,18 @@
 """What a run writes while it goes on, alike for every task: metrics, and checkpoints with what resuming needs."""
 
 import dataclasses
+import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+
+from r1jax import progress
 from r1jax.checkpoints.orbax import Checkpoints
-from r1jax.config import RunConfig
+from r1jax.config import RunConfig, to_yaml
+from r1jax.config.folders import writing
 from r1jax.trackers.open import open_trackers
 from r1jax.training.best import BestSoFar, Final, choose
 from r1jax.training.order import DataOrder
@@ -15,6 +21,11 @@ from r1jax.training.recorder import Recorder, Report
 from r1jax.training.resume import Start
 from r1jax.training.source import Source, export_model
 from r1jax.training.state import StateLayout, TrainState
+
+logger = logging.getLogger(__name__)
+
+_SLOW_SECONDS = 1.0
+"""A wait for a checkpoint that is worth a line."""
 
 
 @runtime_checkable
@@ -25,6 +36,15 @@ class StepPlan(Protocol):
     def num_steps(self) -> int: ...
     @property
     def num_steps_per_epoch(self) -> int: ...
+
+
+def write_config(config: RunConfig) -> None:
+    """Makes output_dir and writes config.yaml into it, on the first process."""
+    if jax.process_index() == 0:
+        path = Path(config.run.output_dir) / "config.yaml"
+        with writing("output_dir", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(to_yaml(config))
 
 
 def open_recorder(config: RunConfig, plan: StepPlan, report: Report, resumed: Mapping[str, Any]) -> Recorder:
@@ -83,7 +103,8 @@ class Keeper:
         return metrics
 
     def save(self, done: int, state: TrainState) -> None:
-        """Begins a checkpoint after `done` updates."""
+        """Begins a checkpoint after `done` updates; the one before it must be on disk first."""
+        self._wait()
         if counts := self.publisher.metrics():
             self.recorder.trackers.log(done, counts)
         trees, more = self.beside(done)
@@ -99,12 +120,29 @@ class Keeper:
 
     def finish(self, done: int, state: TrainState) -> None:
         """Writes the model into output_dir as others read it: the last one, or the best."""
-        self.checkpoints.wait()
+        self._wait()
+        progress.report("export")
         final = choose(self._now(state, done), state, self.best, self.checkpoints, self.layout)
         export_model(self.config, self.source, final, Path(self.config.run.output_dir))
         self.publisher.finish()
         if counts := self.publisher.metrics():
             self.recorder.trackers.log(done, counts)
+
+    def check(self) -> None:
+        """Nothing; raises what has failed behind the training."""
+        self.checkpoints.check()
+
+    def _wait(self) -> None:
+        """Returns when the last checkpoint is on disk; says so where that holds the training up."""
+        progress.report("checkpoint")
+        started, step = time.perf_counter(), self.checkpoints.begun
+        self.checkpoints.wait()
+        seconds = time.perf_counter() - started
+        if step is None:
+            return
+        self.recorder.waited(seconds)
+        if seconds > _SLOW_SECONDS and jax.process_index() == 0:
+            logger.warning("waited %.0f s for checkpoint %d to be written: output_dir is slow", seconds, step)
 
     def _now(self, state: TrainState, done: int) -> Final:
         recorder = self.recorder

@@ -18,6 +18,7 @@ from r1jax.checkpoints.hf import check_weights, load_params, read_config
 from r1jax.checkpoints.hf_export import export
 from r1jax.checkpoints.model_card import Card
 from r1jax.config.errors import need
+from r1jax.config.folders import writing
 from r1jax.config.schema import RunConfig
 from r1jax.data.formats import RowFormat
 from r1jax.data.templates import CHATML_END, CHATML_START, check_tokenizer, prepare_tokenizer, with_chatml
@@ -164,14 +165,15 @@ def export_model(config: RunConfig, source: Source, final: Final, folder: Path) 
     )
     if config.data.dataset_name:
         card["datasets"] = [config.data.dataset_name]
-    dtype = export(
-        folder,
-        final.params,
-        config=source.decoder,
-        hf_config=source.hf_config,
-        tokenizer=source.tokenizer,
-        generation_config=source.generation_config,
-        dtype=config.model.torch_dtype,
-        card=card,
-    )
+    with writing("output_dir", folder):
+        dtype = export(
+            folder,
+            final.params,
+            config=source.decoder,
+            hf_config=source.hf_config,
+            tokenizer=source.tokenizer,
+            generation_config=source.generation_config,
+            dtype=config.model.torch_dtype,
+            card=card,
+        )
     logger.info("model exported to %s (%s)", folder, dtype)

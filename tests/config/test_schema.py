@@ -122,6 +122,7 @@ REFUSALS = [
         {"hub_model_revision": "a..b"},
         "hub_model_revision: need the name of a branch, got 'a..b'; name one like main",
     ),
+    ({"ddp_timeout": 0.0}, "ddp_timeout: need x > 0, got 0; give a number of seconds"),
     ({"hub_timeout": 0.0}, "hub_timeout: need x > 0, got 0; give a number of seconds"),
     (
         {"save_strategy": "best"},

@@ -135,6 +135,7 @@ ELSEWHERE: dict[str, str] = {
     "mesh_fsdp": "the other axes leave it one value: sharding/test_mesh.py::test_axes_that_do_not_fit_the_devices",
     "mesh_context": "only 1 is accepted: config/test_schema.py::test_refused",
     "system_prompt": "GRPO's; not used by SFT, as in open-r1: config/test_recipes.py::test_grpo_recipe_loads",
+    "ddp_timeout": "needs a process that is stuck: training/test_stuck_runs.py::test_a_disk_that_never_answers",
     "hub_timeout": f"needs a hub that hangs: {PUBLISH}::test_a_hub_that_fails_costs_warnings_and_nothing_else",
     "hub_model_id": f"needs a hub: {PUBLISH}::test_a_branch_with_a_model_is_refused_before_anything_is_trained",
     "hub_model_revision": f"needs a hub: {PUBLISH}::test_a_branch_with_a_model_is_refused_before_anything_is_trained",

@@ -77,7 +77,9 @@ def test_words_alone_are_no_lost_peer(line: str) -> None:
 
 def test_one_that_was_ended_by_the_watchdog_of_another_follows_from_it() -> None:
     assert explain(124, ["no progress for 5 s: process 0 on host a, step 3"]).is_root
-    assert not explain(124, ["ended with process 0, which made no progress: process 1 on host b"]).is_root
+    place = "no progress for 61 s: process 1 on host b, step 12, saving, in save (training/saving.py:9)"
+    assert not explain(124, [f"{place}; process 0 met ddp_timeout, the stacks stand above"]).is_root
+    assert explain(124, [f"{place}; it met ddp_timeout, the stacks stand above"]).is_root
 
 
 def test_the_line_that_says_why_is_found_among_others() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from r1jax.config.errors import RunFailure
 from r1jax.config.rewards import REWARD_NAMES, CodeRewardsConfig, RewardsConfig
+from r1jax.rewards import process
 from r1jax.rewards.grading import Graders
 from r1jax.rewards.registry import make_rewards
 
@@ -71,6 +72,7 @@ def test_rewards_in_workers_are_those_of_the_functions(graders, score, said):
 BAD = [
     ("hang", "timeouts"),
     ("hang without threads", "timeouts"),
+    ("stop", "timeouts"),
     ("exit", "crashes"),
     ("segfault", "crashes"),
     ("memory", "crashes"),
@@ -104,6 +106,14 @@ def test_a_bad_sample_costs_its_own_reward(graders, score, function, text, kind)
     scores = score(pool, ["ab"])
     np.testing.assert_array_equal(scores.values, [[2, 0]])
     assert counted(scores) == {}
+
+
+def test_an_answer_that_stops_in_its_middle_stops_nobody(graders, score, monkeypatch):
+    """As of a worker that is frozen while it writes."""
+    monkeypatch.setattr(process, "_SECONDS_TO_SEND", 1)
+    scores = score(graders("hostile_graders:one_by_one", workers=1, timeout=30.0), ["ab", "half an answer", "abc"])
+    np.testing.assert_array_equal(scores.values, [[2], [NAN], [3]])
+    assert scores.counts["rewards/one_by_one/crashes"] == 1 and scores.seconds < 25
 
 
 def test_many_bad_samples_at_once(graders, score):
@@ -237,6 +247,7 @@ def test_workers_end_when_the_parent_is_killed(text, tmp_path):
 import sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from r1jax.config.rewards import CodeRewardsConfig, RewardsConfig
+from r1jax.rewards import process
 from r1jax.rewards.grading import Graders
 from r1jax.rewards.registry import make_rewards
 rewards = make_rewards(RewardsConfig(reward_funcs=("hostile_graders:text_length",)), CodeRewardsConfig())

@@ -22,7 +22,7 @@ from tests.training.hub_server import Hub, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_thisIsASecretOfTheTests"
-TIMING = {"tokens_per_second", "time/step", "tflops_per_device", "eval_runtime"}
+TIMING = {"tokens_per_second", "time/step", "time/checkpoint_wait", "tflops_per_device", "eval_runtime"}
 STEPS = 6
 REFUSING = [pytest.param(status, marks=pytest.mark.slow) for status in ("401", "500")]
 EXPORT = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
