@@ -100,7 +100,11 @@ def run(world: Path) -> Callable[[str, int, int], Path]:
 def assert_same_run(found: Path, wanted: Path, *, generations: int) -> None:
     """The same data and completions, losses 1e-5 relative, and at the end parameters and both moments of Adam to 1e-5
     relative norm each tensor."""
-    logs = [metrics(folder) for folder in (found, wanted)]
+    # A leg of a run that moves evaluates at its end too.
+    logs = [
+        [row for row in metrics(folder) if "loss" in row or row["step"] % (STEPS // 2) == 0]
+        for folder in (found, wanted)
+    ]
     for name in ("step", "num_tokens"):
         assert [row.get(name) for row in logs[0]] == [row.get(name) for row in logs[1]]
     for name in ("loss", "eval_loss"):
