@@ -26,7 +26,7 @@ def launch(processes: int, devices: int, config: Path, *words: str, **more: str)
     """The ended run of a config by so many processes with so many devices each; more: of the environment."""
     command = [str(ROOT / "launch" / "local.sh"), str(processes), str(config), *words]
     variables = environment(config.parent, DEVICES_PER_PROCESS=str(devices), **more)
-    return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def succeed(processes: int, devices: int, config: Path, *words: str, **more: str) -> None:
