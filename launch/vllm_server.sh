@@ -100,6 +100,7 @@ trap clean EXIT
 "$PYTHON" "${serve[@]}" \
   --host "$host" --port "$port" \
   --served-model-name policy \
+  --uvicorn-log-level warning \
   --generation-config vllm \
   --logprobs-mode processed_logprobs \
   --worker-extension-cls r1jax.vllm_plugin.worker.WeightSync \
