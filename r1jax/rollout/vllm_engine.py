@@ -105,8 +105,8 @@ class VllmEngine:
             difference = float(np.abs(ours - one[:, 1]).mean())
             if not difference <= LARGEST_MEAN_DIFFERENCE[dtype]:
                 raise RunFailure(
-                    f"vllm: {server.url} does not have the weights of step {self._version}: its log-probabilities of a "
-                    f"probe are off by {difference:.1e} on average, {dtype} explains {LARGEST_MEAN_DIFFERENCE[dtype]:.0e}"
+                    f"vllm: {server.url} has not the weights of step {self._version}: its log-probabilities of a probe "
+                    f"are {difference:.1e} off on average, {dtype} explains {LARGEST_MEAN_DIFFERENCE[dtype]:.0e}"
                 )
             largest = max(largest, difference)
         logger.info("vllm: log-probabilities of a probe differ from the trainer's by %.1e on average", largest)
@@ -145,7 +145,10 @@ class VllmEngine:
         )
         self._check_version()
         return [
-            [as_rollout(prompt, _completion(one), prompt_id, number, self._version) for number, one in enumerate(group)]
+            [
+                as_rollout(prompt, completion_of(one), prompt_id, number, self._version)
+                for number, one in enumerate(group)
+            ]
             for prompt, prompt_id, group in zip(prompts, prompt_ids, drawn, strict=True)
         ]
 
@@ -217,7 +220,8 @@ def _refuse_reshaped(settings: SamplingSettings, config: DecoderConfig) -> None:
         raise need("rollout_engine", rule, got, "leave these keys out, or sample with rollout_engine: jax")
 
 
-def _completion(sample: Sample) -> Completion:
+def completion_of(sample: Sample) -> Completion:
+    """The sample as the embedded sampler would give it; the policy's log-probabilities are taken for the same."""
     return Completion(
         token_ids=sample.token_ids,
         logprobs=sample.logprobs,

@@ -1,4 +1,4 @@
-"""Servers on 127.0.0.1 that behave as a test says: they answer, hang, hang up, or talk nonsense. None of them is a vLLM."""
+"""Servers on 127.0.0.1 that behave as a test says: they answer, hang, hang up or talk nonsense."""
 
 import contextlib
 import dataclasses
@@ -77,7 +77,7 @@ def listening(answer: Callable[[str, Any, int], Any]) -> Iterator[Listener]:
             self.send_header("x-r1jax-instance", listener.instance)
             self.end_headers()
 
-        do_GET = do_POST = do
+        do_GET = do_POST = do_PUT = do
 
         def log_message(self, format: str, *args: Any) -> None:
             del format, args
@@ -95,7 +95,7 @@ def listening(answer: Callable[[str, Any, int], Any]) -> Iterator[Listener]:
 
 
 def completion(path: str, body: Any, number: int) -> Any:
-    """An answer as the client wants it: sample i of a request has the tokens [(seed + i) % 30 + 3, 2], 2 being the stop id."""
+    """An answer as the client wants it: sample i of a request has the tokens [(seed + i) % 30 + 3, 2]; 2 ends it."""
     del path, number
     choices = [
         {

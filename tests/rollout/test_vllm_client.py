@@ -144,7 +144,9 @@ def test_an_answer_that_comes_too_late_is_not_taken():
 def test_without_an_answer_the_run_ends_in_one_line():
     with listening(lambda *_: (500, b'{"error": {"message": "CUDA error"}}')) as server:
         client = VllmClient([server.url], "k", limits=QUICK)
-        with pytest.raises(RunFailure, match="no answer for prompt 10 at step 5, samples 0 to 3, in 4 tries") as failed:
+        with pytest.raises(
+            RunFailure, match=r"no answer for prompt 10 at step 5, samples 0 to 3, in 4 tries"
+        ) as failed:
             draw(client, PROMPTS[:1])
     assert "/v1/completions answered 500: 'CUDA error'" in str(failed.value)
     assert client.counts == {"status": 4, "retries": 3}
@@ -153,7 +155,7 @@ def test_without_an_answer_the_run_ends_in_one_line():
 def test_what_a_server_refuses_is_not_asked_again():
     with listening(lambda *_: (400, b'{"error": "max_tokens is too large"}')) as server:
         client = VllmClient([server.url], "k", limits=QUICK)
-        with pytest.raises(RunFailure, match="in 1 tries; .* answered 400: 'max_tokens is too large'"):
+        with pytest.raises(RunFailure, match=r"in 1 tries; .* answered 400: 'max_tokens is too large'"):
             draw(client, PROMPTS[:1])
     assert len(server.requests) == 1
 
@@ -161,7 +163,7 @@ def test_what_a_server_refuses_is_not_asked_again():
 def test_nobody_listens():
     with listening(completion) as server:
         url = server.url
-    with pytest.raises(RunFailure, match="in 4 tries"):
+    with pytest.raises(RunFailure, match=r"in 4 tries"):
         draw(VllmClient([url], "k", limits=QUICK), PROMPTS[:1])
 
 
@@ -171,7 +173,7 @@ def test_a_server_that_was_started_again_is_no_longer_believed():
         client.servers[0].instance = "one"
         assert draw(client) == expected()
         server.instance = "two"
-        with pytest.raises(ServerChanged, match="was started again since it got its weights") as changed:
+        with pytest.raises(ServerChanged, match=r"was started again since it got its weights") as changed:
             draw(client)
     assert changed.value.url == server.url
 
