@@ -79,6 +79,13 @@ export R1JAX_VLLM_INSTANCE
 export VLLM_API_KEY="$R1JAX_VLLM_KEY"
 export VLLM_SERVER_DEV_MODE=1 # /collective_rpc and /reset_prefix_cache
 export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+case "$host" in
+  127.* | localhost)
+    # vLLM's processes talk to each other too: on the address that the machine's name has, if nothing is said.
+    export VLLM_HOST_IP="${VLLM_HOST_IP:-127.0.0.1}" GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+    export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}"
+    ;;
+esac
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 unset VLLM_ALLOW_INSECURE_SERIALIZATION
 

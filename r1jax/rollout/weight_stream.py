@@ -12,7 +12,7 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from urllib.parse import quote, urlsplit
 
 import jax
@@ -59,6 +59,7 @@ def gathered(params: Params, config: DecoderConfig, dtype: str) -> Iterator[memo
         yield np.ascontiguousarray(ahead.popleft()).reshape(-1).view(np.uint8).data
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where the bytes go; each method raises OSError for what the other end does not take."""
 

@@ -126,6 +126,7 @@ def test_an_upload_that_falls_silent_is_given_up(folder, monkeypatch):
 
     async def silent():
         await asyncio.sleep(10)
+        return {"type": "http.disconnect"}
 
     sent = []
 
