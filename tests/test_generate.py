@@ -192,7 +192,7 @@ def test_bfloat16_runs_and_is_near(model, prompts, tmp_path):
         ({"engine": "vllm", "vllm_server_url": "x:1"}, "vllm_server_url: need http://host:port"),
         ({"engine": "vllm", "vllm_server_url": "http://x"}, "R1JAX_VLLM_KEY: need a key in the environment or in"),
         ({"vllm_server_url": "http://x"}, "engine: need vllm with --vllm_server_url, got jax;"),
-        ({"engine": "x"}, "engine: need one of jax, vllm, got x;"),
+        ({"engine": "x"}, "engine: need one of jax, vllm, got 'x';"),
         ({"prompts": "none.jsonl"}, "prompts: need a JSON lines file, got none.jsonl, which does not exist;"),
         ({"model_name_or_path": "./none"}, "model_name_or_path: need a directory that exists or a hub id"),
         ({"num_generation": 1}, "num_generation: need a known option"),

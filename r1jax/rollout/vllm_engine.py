@@ -49,13 +49,17 @@ class VllmEngine:
         settings: SamplingSettings,
         client: VllmClient,
         *,
+        dtype: str,
         probe: Probe,
         probe_prompt: Sequence[int],
         longest_prompt: int,
         start_seconds: float = 240.0,
         route: Route = "auto",
     ) -> None:
-        """longest_prompt: in tokens. Raises `UserError` for servers, or settings, that training could not trust."""
+        """dtype: that the trainer computes in. longest_prompt: in tokens.
+
+        Raises `UserError` for servers, or settings, that training could not trust.
+        """
         _refuse_reshaped(settings, config)
         self._config, self._settings, self._client, self._probe = config, settings, client, probe
         self._probe_prompt = tuple(map(int, probe_prompt))
@@ -67,6 +71,9 @@ class VllmEngine:
         )
         self._found = check_servers(client, expected, start_seconds=start_seconds)
         self._push = WeightPush(client, self._found, config, route=route)
+        self._tolerance = max(LARGEST_MEAN_DIFFERENCE[dtype], LARGEST_MEAN_DIFFERENCE[self._found.dtype])
+        if self._found.dtype != dtype:
+            logger.warning("vllm: the servers compute in %s, the trainer in %s", self._found.dtype, dtype)
         self._version: int | None = None
         self._compare_next = True
         self.push_times: PushTimes | None = None
@@ -98,15 +105,15 @@ class VllmEngine:
         temperature = self._settings.temperature or 1.0
         drawn = np.zeros((len(self._client.servers), PROBE_TOKENS, 2), np.float64)
         drawn = _from_first(lambda: self._drawn_probes(temperature), drawn)
-        largest, dtype = 0.0, self._found.dtype
+        largest = 0.0
         for server, one in zip(self._client.servers, drawn, strict=True):
             tokens = np.concatenate([np.array(self._probe_prompt, np.int32), one[:, 0].astype(np.int32)])
             ours = np.asarray(self._probe(params, tokens, temperature))[-PROBE_TOKENS:]
             difference = float(np.abs(ours - one[:, 1]).mean())
-            if not difference <= LARGEST_MEAN_DIFFERENCE[dtype]:
+            if not difference <= self._tolerance:
                 raise RunFailure(
                     f"vllm: {server.url} has not the weights of step {self._version}: its log-probabilities of a probe "
-                    f"are {difference:.1e} off on average, {dtype} explains {LARGEST_MEAN_DIFFERENCE[dtype]:.0e}"
+                    f"are {difference:.1e} off on average, rounding explains {self._tolerance:.0e}"
                 )
             largest = max(largest, difference)
         logger.info("vllm: log-probabilities of a probe differ from the trainer's by %.1e on average", largest)

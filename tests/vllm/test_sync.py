@@ -25,6 +25,7 @@ def engine(server: Server, trainer: Trainer, probe: Any = None, **options: Any) 
         trainer.config,
         SETTINGS,
         VllmClient([server.url], read_key()),
+        dtype="float32",
         probe=probe or trainer.logprobs,
         probe_prompt=PROMPTS[0],
         longest_prompt=16,
