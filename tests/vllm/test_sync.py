@@ -35,11 +35,11 @@ def engine(server: Server, trainer: Trainer, probe: Any = None, **options: Any) 
 
 @jax.jit
 def perturbed(params: Any, key: Any) -> Any:
-    """The weights with 2% of noise: log-probabilities change by tenths."""
+    """The weights with 1% of noise: log-probabilities change by tenths."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
-        tree, [x * (1 + 0.02 * jax.random.normal(k, x.shape)) for x, k in zip(leaves, keys, strict=True)]
+        tree, [x * (1 + 0.01 * jax.random.normal(k, x.shape)) for x, k in zip(leaves, keys, strict=True)]
     )
 
 
@@ -56,7 +56,9 @@ def test_each_of_five_updates_is_there_at_once(server: Server, trainer: Trainer,
     made = engine(server, trainer, route=route)
     old, totals = trainer.params, []
     for step in range(5):
-        new = jax.block_until_ready(perturbed(old, jax.random.key(step)))
+        # From the model's own weights each time: noise upon noise (2%, four times) led to a token of which float32
+        # says something else than float64, the trainer's by 2.4e-4 and vLLM's by 8e-5.
+        new = jax.block_until_ready(perturbed(trainer.params, jax.random.key(step)))
         start = time.perf_counter()
         made.sync(new, step)
         total = time.perf_counter() - start
