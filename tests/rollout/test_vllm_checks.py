@@ -23,7 +23,9 @@ def test_nobody_answers_in_time(configs, reply):
     start = time.monotonic()
     with (
         listening(lambda *_: reply) as server,
-        pytest.raises(UserError, match=r"need an answer to /health, got none from http.* in 0.5 s; start it with launch"),
+        pytest.raises(
+            UserError, match=r"need an answer to /health, got none from http.* in 0.5 s; start it with launch"
+        ),
     ):
         check(configs, server.url)
     assert time.monotonic() - start < 5
@@ -55,21 +57,33 @@ STATE = {
 @pytest.mark.parametrize(
     ("routes", "line"),
     [
-        ({"models": (401, b'{"error": "unauthorized"}')}, "R1JAX_VLLM_KEY: need the key of http.*, got another one; set R1"),
+        (
+            {"models": (401, b'{"error": "unauthorized"}')},
+            "R1JAX_VLLM_KEY: need the key of http.*, got another one; set R1",
+        ),
         ({"models": (500, b"")}, "need a server that answers, got http.*: /v1/models answered 500"),
         ({"models": (200, b"<html>")}, "need a server that answers, got http.* is no JSON"),
         ({"models": {"data": [{"id": "a"}, {"id": "b"}]}}, r"need one model served at http.*, got \[.a., .b.\]"),
         ({"models": []}, r"need one model served at http.*, got \[\]"),
         ({"models": MODELS}, "need r1jax's worker extension in http.*, got /collective_rpc answered 404"),
-        ({"models": MODELS, "collective_rpc": {"results": []}}, "need r1jax's worker extension in http.*, got r1jax_state"),
+        (
+            {"models": MODELS, "collective_rpc": {"results": []}},
+            "need r1jax's worker extension in http.*, got r1jax_state",
+        ),
         ({"models": MODELS, "collective_rpc": {"results": ["ok"]}}, "need r1jax's worker extension in http"),
         (
             {"models": MODELS, "collective_rpc": {"results": [{"ok": False, "error": "quantization: need none"}]}},
             "need r1jax's worker extension in http.*, got r1jax_state: quantization: need none",
         ),
-        ({"models": MODELS, "collective_rpc": {"results": [STATE | {"instance": ""}]}}, "need a name of the process in"),
+        (
+            {"models": MODELS, "collective_rpc": {"results": [STATE | {"instance": ""}]}},
+            "need a name of the process in",
+        ),
         ({"models": MODELS, "collective_rpc": {"results": [STATE | {"torn": True}]}}, "need whole weights at http"),
-        ({"models": MODELS, "collective_rpc": {"results": [STATE]}}, "need a server that answers, got http.*completions"),
+        (
+            {"models": MODELS, "collective_rpc": {"results": [STATE]}},
+            "need a server that answers, got http.*completions",
+        ),
     ],
 )
 def test_something_else_listens(configs, routes, line):
