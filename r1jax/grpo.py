@@ -7,6 +7,7 @@ prompts -> rollouts -> rewards -> advantages -> PackedBatch -> step
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,26 +15,38 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from r1jax.batch import PackedBatch
 from r1jax.config import RunConfig
 from r1jax.config.folders import check_folder
 from r1jax.experience import storage
 from r1jax.experience.collect import Collector
+from r1jax.experience.engines import make_engine
 from r1jax.experience.generations import Generations, Observe, Packer
 from r1jax.experience.observer import Observer
 from r1jax.experience.report import experience_metrics
 from r1jax.experience.task import Task, read_task
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
-from r1jax.objectives.grpo import make_policy_loss, make_scorer, make_statistics, make_surrogate, policy_metrics
+from r1jax.models.parameters import Params
+from r1jax.objectives.grpo import (
+    Statistics,
+    make_policy_loss,
+    make_scorer,
+    make_statistics,
+    make_surrogate,
+    policy_metrics,
+)
 from r1jax.objectives.reductions import weigh_by
 from r1jax.optimizer import make_schedule
 from r1jax.rewards.grading import Graders
-from r1jax.rollout.engine import EmbeddedEngine
-from r1jax.rollout.settings import settings_of
+from r1jax.rollout.engine import RolloutEngine
 from r1jax.rollout.slots import room_on
+from r1jax.rollout.vllm_engine import PROBE_TOKENS, Probe
 from r1jax.rollout.weights import sampling_mesh
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
+from r1jax.sharding.placement import local_rows, to_devices
 from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
 from r1jax.training.cadence import make_cadence
@@ -67,32 +80,39 @@ def run(config: RunConfig) -> None:
         if opening.start is not None:
             order.check(opening.start.metadata)
             storage.check(opening.start.metadata, with_reference=bool(config.grpo.beta))
-        # 2. The estimate comes before the compiler has its say.
-        estimate = estimate_memory(
-            config,
-            source.decoder,
-            layout,
-            task.geometry.row_length,
-            rows=task.geometry.rows_per_shard,
-            cache_bytes=cache_bytes(config, source, layout, task),
-        )
-        # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
-        state, reference, kept = begin(config, source, layout, task, order, opening)
-        # 4. Training, then the model as others read it.
-        keeper = begin_writing(config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics)
-        with contextlib.closing(keeper.recorder), out_of_memory_named(estimate), open_graders(config, task) as graders:
-            collector = make_collector(config, source, layout, task, graders)
-            state, done = train_policy(config, source, layout, task, collector, state, reference, kept, keeper)
-            if done == task.plan.num_steps:
-                keeper.finish(done, state)
+        with contextlib.closing(open_engine(config, source, layout, task)) as engine:
+            # 2. The estimate comes before the compiler has its say.
+            estimate = estimate_memory(
+                config,
+                source.decoder,
+                layout,
+                task.geometry.row_length,
+                rows=task.geometry.rows_per_shard,
+                cache_bytes=cache_bytes(config, source, layout, task),
+            )
+            # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
+            state, reference, kept = begin(config, source, layout, task, order, opening)
+            # 4. Training, then the model as others read it.
+            keeper = begin_writing(config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics)
+            with (
+                contextlib.closing(keeper.recorder),
+                out_of_memory_named(estimate),
+                open_graders(config, task) as graders,
+            ):
+                collector = make_collector(config, source, task, graders, engine)
+                state, done = train_policy(config, source, layout, task, collector, state, reference, kept, keeper)
+                if done == task.plan.num_steps:
+                    keeper.finish(done, state)
 
 
 def cache_bytes(config: RunConfig, source: Source, layout: StateLayout, task: Task) -> int:
-    """The most that sampling's keys and values take on a device of this process."""
+    """The most that sampling's keys and values take on a device of this process; a server has its own."""
+    if config.vllm.rollout_engine != "jax":
+        return 0
     room = room_on(sampling_mesh(layout.mesh), source.decoder, config.model.compute_dtype)
     prompts = math.ceil(task.plan.prompts_per_generation / jax.process_count())
-    longest = max(int(found.lengths.max()) for found in (task.train, task.held_out) if found is not None)
-    return room.cache_bytes(prompts, task.plan.num_generations, longest, config.sampling.max_completion_length)
+    longest, length = task.longest_prompt, config.sampling.max_completion_length
+    return room.cache_bytes(prompts, task.plan.num_generations, longest, length)
 
 
 def begin(
@@ -128,11 +148,48 @@ def open_graders(config: RunConfig, task: Task) -> Graders:
     )
 
 
-def make_collector(config: RunConfig, source: Source, layout: StateLayout, task: Task, graders: Graders) -> Collector:
-    """What samples, on the trainer's devices, and scores."""
-    settings = settings_of(config.sampling, stop_ids=source.stop_ids, seed=config.run.seed)
+def open_engine(config: RunConfig, source: Source, layout: StateLayout, task: Task) -> RolloutEngine:
+    """Who samples; raises `UserError` for servers that do not fit."""
+    return make_engine(
+        config,
+        source.decoder,
+        layout.mesh,
+        stop_ids=source.stop_ids,
+        probe=make_probe(config, source, layout),
+        probe_prompt=task.train.ids(0)[:PROBE_TOKENS],
+        longest_prompt=task.longest_prompt,
+    )
+
+
+def make_probe(config: RunConfig, source: Source, layout: StateLayout) -> Probe:
+    """(parameters, tokens, temperature) -> each token's log-probability by the trainer's own forward pass."""
+    rows = data_shards(layout.mesh)
+    mine = local_rows(layout.batch, rows)
+
+    @functools.cache
+    def score_at(temperature: float) -> ScoreStep:
+        return make_score_step(make_scorer(make_policy_statistics(config, source, layout, temperature)), layout)
+
+    def probe(params: Params, tokens: np.ndarray, temperature: float) -> np.ndarray:
+        same = np.broadcast_to(tokens.astype(np.int32), (1, len(mine), len(tokens)))
+        ones = np.ones_like(same)
+        batch = PackedBatch(
+            tokens=same,
+            positions=np.broadcast_to(np.arange(len(tokens), dtype=np.int32), same.shape),
+            segment_ids=ones,
+            loss_mask=ones,
+            loss_weight=np.ones(same.shape, np.float32),
+        )
+        scores = score_at(temperature)(params, to_devices(batch, layout.batch, rows, mine))
+        return np.asarray(scores.addressable_shards[0].data)[0, 0]
+
+    return probe
+
+
+def make_collector(config: RunConfig, source: Source, task: Task, graders: Graders, engine: RolloutEngine) -> Collector:
+    """What samples and scores."""
     return Collector(
-        engine=EmbeddedEngine(source.decoder, layout.mesh, settings, dtype=config.model.compute_dtype),
+        engine=engine,
         graders=graders,
         tokenizer=source.tokenizer,
         reward_names=tuple(reward.name for reward in task.rewards),
@@ -211,19 +268,24 @@ def train_policy(
 
 def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps: int) -> tuple[TrainStep, ScoreStep]:
     """(the update, what scores a batch by given parameters), both jitted."""
-    statistics = make_statistics(
+    statistics = make_policy_statistics(config, source, layout, config.sampling.temperature)
+    loss = make_policy_loss(statistics, make_surrogate(config.grpo))
+    schedule = make_schedule(config.optimizer, num_steps)
+    step = make_train_step(loss, config.optimizer, schedule, layout, skip_empty=True)
+    return step, make_score_step(make_scorer(statistics), layout)
+
+
+def make_policy_statistics(config: RunConfig, source: Source, layout: StateLayout, temperature: float) -> Statistics:
+    """The trainer's forward pass at a temperature."""
+    return make_statistics(
         source.decoder,
-        temperature=config.sampling.temperature,
+        temperature=temperature,
         dtype=config.model.compute_dtype,
         remat=remat_of(config),
         chunk=config.model.loss_chunk_size,
         constrain=make_constrain(layout.mesh, layout.specs),
         mesh=layout.mesh,
     )
-    loss = make_policy_loss(statistics, make_surrogate(config.grpo))
-    schedule = make_schedule(config.optimizer, num_steps)
-    step = make_train_step(loss, config.optimizer, schedule, layout, skip_empty=True)
-    return step, make_score_step(make_scorer(statistics), layout)
 
 
 def make_generations(

@@ -188,15 +188,19 @@ def test_bfloat16_runs_and_is_near(model, prompts, tmp_path):
         ({"seed": -1}, "seed: need 0 <= x < 2**32, got -1;"),
         ({"dtype": "float16"}, "dtype: need one of float32, bfloat16"),
         ({"temperature": "hot"}, "temperature: need a value of type float"),
-        ({"engine": "vllm"}, "engine: need jax, got vllm; the vLLM engine is not built yet;"),
-        ({"vllm_server_url": "http://x"}, "engine: need jax, got vllm; the vLLM engine is not built yet;"),
-        ({"engine": "x"}, "engine: need jax, got 'x';"),
+        ({"engine": "vllm"}, "vllm_server_url: need at least one address, got none;"),
+        ({"engine": "vllm", "vllm_server_url": "x:1"}, "vllm_server_url: need http://host:port"),
+        ({"engine": "vllm", "vllm_server_url": "http://x"}, "R1JAX_VLLM_KEY: need a key in the environment or in"),
+        ({"vllm_server_url": "http://x"}, "engine: need vllm with --vllm_server_url, got jax;"),
+        ({"engine": "x"}, "engine: need one of jax, vllm, got 'x';"),
         ({"prompts": "none.jsonl"}, "prompts: need a JSON lines file, got none.jsonl, which does not exist;"),
         ({"model_name_or_path": "./none"}, "model_name_or_path: need a directory that exists or a hub id"),
         ({"num_generation": 1}, "num_generation: need a known option"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(model, prompts, tmp_path, capsys, changes, line):
+def test_bad_input_is_one_line_and_nothing_is_written(model, prompts, tmp_path, capsys, monkeypatch, changes, line):
+    monkeypatch.delenv("R1JAX_VLLM_KEY", raising=False)
+    monkeypatch.setenv("R1JAX_VLLM_KEY_FILE", str(tmp_path / "none"))
     output = tmp_path / "new" / "out.jsonl"
     # The last of two equal options counts.
     argv = arguments(model, prompts, output) + [

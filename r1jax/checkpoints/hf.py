@@ -6,7 +6,6 @@ those devices and forgotten. Host memory peaks at the largest such slice, never 
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from r1jax.checkpoints.vocabulary import read_grown
 from r1jax.config.errors import need
 from r1jax.models.config import DecoderConfig
 from r1jax.models.families import TensorName, tensor_names
+from r1jax.models.hf_tensors import hf_tensors, leaf_at
 from r1jax.models.parameters import abstract_params
 
 # Llama's first releases stored the rotary frequencies, which follow from config.json.
@@ -106,24 +106,6 @@ def load_from(
     return params
 
 
-def leaf_at(tree: PyTree, path: tuple[str, ...]) -> Any:
-    """The leaf of a nested dict under these keys."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def hf_tensors(name: TensorName, shape: tuple[int, ...]) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
-    """The HF tensors that a leaf of this shape holds: name, layer (None when not stacked), shape there."""
-    own = shape[1:] if name.stacked else shape
-    hf_shape = own[::-1] if name.transpose else own
-    if not name.stacked:
-        yield name.hf, None, hf_shape
-        return
-    for layer in range(shape[0]):
-        yield name.hf.format(layer=layer), layer, hf_shape
-
-
 def _load_leaf(
     files: TensorFiles, name: TensorName, shape: tuple[int, ...], sharding: jax.sharding.Sharding, buffer: np.ndarray
 ) -> jax.Array:
@@ -170,11 +152,7 @@ def _read_slice(
 
 
 def _refuse_other_tensors(files: TensorFiles, config: DecoderConfig, abstract: PyTree) -> None:
-    expected = {
-        tensor: shape
-        for name in tensor_names(config)
-        for tensor, _, shape in hf_tensors(name, leaf_at(abstract, name.path).shape)
-    }
+    expected = {tensor.name: tensor.shape for tensor in hf_tensors(abstract, config)}
     found = files.names()
     if config.tied_embeddings and "lm_head.weight" in found:
         _refuse_untied(files)

@@ -4,15 +4,14 @@ Weights go out tensor by tensor: each is gathered from its shards, cast on the d
 its file; the model is whole on no device and no host. All files are complete on disk before the first one is replaced.
 """
 
-import functools
 import json
+import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,27 +21,17 @@ from safetensors.numpy import save_file
 
 from r1jax import progress
 from r1jax.checkpoints.generation import generation_config as with_stop_ids
-from r1jax.checkpoints.hf import config_dtype, hf_tensors, leaf_at, with_dtype
+from r1jax.checkpoints.hf import config_dtype, with_dtype
 from r1jax.checkpoints.model_card import Card, card_text
 from r1jax.checkpoints.tensor_files import INDEX_FILE, SINGLE_FILE
 from r1jax.config.errors import need, shown
 from r1jax.models.config import DecoderConfig
-from r1jax.models.families import tensor_names
+from r1jax.models.hf_tensors import HfTensor, gather, hf_tensors
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 # Within the directory, so that moving a file out of it is one rename on one file system.
 _STAGING = ".export-incomplete"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-
-
-class _Tensor(NamedTuple):
-    """One tensor to be written and where it comes from."""
-
-    name: str
-    leaf: jax.Array
-    layer: int | None
-    transpose: bool
-    num_bytes: int
 
 
 def export(
@@ -95,28 +84,25 @@ def export_dtype(dtype: str | None, hf_config: dict[str, Any]) -> str:
     return chosen
 
 
-def _plan(params: PyTree, config: DecoderConfig, dtype: np.dtype, max_shard_bytes: int) -> list[list[_Tensor]]:
+def _plan(params: PyTree, config: DecoderConfig, dtype: np.dtype, max_shard_bytes: int) -> list[list[HfTensor]]:
     """The tensors of each file, in the model's order, a file holding at most so many bytes (or one tensor)."""
-    shards: list[list[_Tensor]] = [[]]
+    shards: list[list[HfTensor]] = [[]]
     room = max_shard_bytes
-    for tensor in _tensors(params, config, dtype):
-        if tensor.num_bytes > room and shards[-1]:
+    for tensor in hf_tensors(params, config):
+        num_bytes = _num_bytes(tensor, dtype)
+        if num_bytes > room and shards[-1]:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(tensor)
-        room -= tensor.num_bytes
+        room -= num_bytes
     return shards
 
 
-def _tensors(params: PyTree, config: DecoderConfig, dtype: np.dtype) -> Iterator[_Tensor]:
-    for name in tensor_names(config):
-        leaf = leaf_at(params, name.path)
-        for tensor, layer, shape in hf_tensors(name, leaf.shape):
-            num_bytes = int(np.prod(shape)) * dtype.itemsize
-            yield _Tensor(tensor, leaf, layer, name.transpose, num_bytes)
+def _num_bytes(tensor: HfTensor, dtype: np.dtype) -> int:
+    return math.prod(tensor.shape) * dtype.itemsize
 
 
-def _write_weights(staging: Path, shards: list[list[_Tensor]], dtype: str, writes: bool) -> None:
+def _write_weights(staging: Path, shards: list[list[HfTensor]], dtype: str, writes: bool) -> None:
     """Gathers in every process; writes in one."""
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -124,7 +110,7 @@ def _write_weights(staging: Path, shards: list[list[_Tensor]], dtype: str, write
         gathered: dict[str, np.ndarray] = {}
         for tensor in shard:
             progress.report("export")
-            whole = _gather(tensor, dtype)
+            whole = gather(tensor, dtype)
             if writes:
                 gathered[tensor.name] = np.ascontiguousarray(whole)
             weight_map[tensor.name] = file
@@ -134,29 +120,9 @@ def _write_weights(staging: Path, shards: list[list[_Tensor]], dtype: str, write
             # safetensors makes its files readable by their owner alone; the user's umask decides here as elsewhere.
             (staging / file).chmod(stat.S_IMODE((staging / "config.json").stat().st_mode))
     if writes and len(shards) > 1:
-        total = sum(tensor.num_bytes for shard in shards for tensor in shard)
+        total = sum(_num_bytes(tensor, np.dtype(dtype)) for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_text(staging / INDEX_FILE, _json(index))
-
-
-def _gather(tensor: _Tensor, dtype: str) -> jax.Array:
-    """The tensor, whole on each device: one tensor at a time, already in the smaller dtype."""
-    sharding = tensor.leaf.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    pick = _picker(sharding, tensor.layer is not None, tensor.transpose, dtype)
-    return pick(tensor.leaf, np.int32(tensor.layer or 0))
-
-
-@functools.cache
-def _picker(
-    sharding: jax.sharding.Sharding, stacked: bool, transpose: bool, dtype: str
-) -> Callable[[jax.Array, np.int32], jax.Array]:
-    def pick(leaf: jax.Array, layer: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
-        return (own.T if transpose else own).astype(dtype)
-
-    return jax.jit(pick, out_shardings=sharding)
 
 
 def _json(content: dict[str, Any]) -> str:

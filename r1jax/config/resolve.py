@@ -235,4 +235,8 @@ def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
         return "report_to does not have wandb"
     if schema.keys()[name].group == "vllm" and name != "rollout_engine" and chosen["rollout_engine"] == "jax":
         return "rollout_engine is jax: no vLLM server is used"
+    if name in ("vllm_server_host", "vllm_server_port") and chosen["vllm_server_base_url"] is not None:
+        return "vllm_server_base_url is given"
+    if name in ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"):
+        return f"the server is given it: launch/vllm_server.sh MODEL_DIR --{name[5:].replace('_', '-')}"
     return None

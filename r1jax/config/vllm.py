@@ -18,10 +18,10 @@ class VllmConfig:
     """A server of its own, or one that shares the trainer's devices."""
 
     vllm_server_base_url: str | None = None
-    """Address of the server such as http://host:8000; null: made of host and port."""
+    """Address of the server such as http://host:8000, or several with commas between; null: of host and port."""
 
     vllm_server_host: str = "0.0.0.0"
-    """Host of the server."""
+    """Host of the server; 0.0.0.0, on which TRL's listens, means this one."""
 
     vllm_server_port: int = 8000
     """Port of the server."""
@@ -46,3 +46,11 @@ class VllmConfig:
         part = self.vllm_gpu_memory_utilization
         require(0 < part <= 1, "vllm_gpu_memory_utilization", "0 < x <= 1", part, "it is a part of the memory")
         at_least("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size, 1, "1 means one device")
+
+    @property
+    def server_urls(self) -> tuple[str, ...]:
+        """The addresses of the servers."""
+        if self.vllm_server_base_url is not None:
+            return tuple(url.strip() for url in self.vllm_server_base_url.split(",") if url.strip())
+        host = "127.0.0.1" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
+        return (f"http://{host}:{self.vllm_server_port}",)

@@ -7,10 +7,10 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.config import RunConfig
-from r1jax.config.errors import need
 from r1jax.data.prompts import Prompts, longest_answerable, read_prompts, with_solutions
 from r1jax.data.splits import load_split
 from r1jax.experience.batches import Geometry, make_geometry
+from r1jax.experience.engines import check_sampler
 from r1jax.experience.plan import GenerationPlan, make_generation_plan
 from r1jax.rewards.registry import Reward, check_columns, make_rewards
 
@@ -27,6 +27,11 @@ class Task:
     plan: GenerationPlan
     geometry: Geometry
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, held-out ones included."""
+        return max(int(found.lengths.max()) for found in (self.train, self.held_out) if found is not None)
+
     def fingerprint_at(self, completions_per_micro_batch: int) -> str:
         """Equal for runs whose steps ask the same, with micro-batches of so many completions."""
         return f"{self.plan.fingerprint_at(completions_per_micro_batch)}-{self.train.fingerprint}"
@@ -37,9 +42,7 @@ def read_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positio
 
     max_positions: tokens that the model can see; shards: how many ways the rows of a batch are split.
     """
-    if config.vllm.rollout_engine != "jax":
-        advice = "a vLLM server cannot be used yet: --rollout_engine jax samples on the trainer's own devices"
-        raise need("rollout_engine", "jax", config.vllm.rollout_engine, advice)
+    check_sampler(config)
     rewards = make_rewards(config.rewards, config.code_rewards)
     evaluates = config.reporting.do_eval or config.reporting.eval_strategy != "no"
     splits: tuple[Split, ...] = ("train", "test") if evaluates else ("train",)

@@ -97,7 +97,7 @@ class EmbeddedEngine:
             batch_size=self._max_slots or self._room.slots(max(map(len, prompts), default=1), settings.max_new_tokens),
         )
         return [
-            [_rollout(prompt, one, prompt_id, sample, self._version) for sample, one in enumerate(completions)]
+            [as_rollout(prompt, one, prompt_id, sample, self._version) for sample, one in enumerate(completions)]
             for prompt, prompt_id, completions in zip(prompts, prompt_ids, drawn, strict=True)
         ]
 
@@ -106,7 +106,7 @@ class EmbeddedEngine:
         self._params = None
 
 
-def _rollout(prompt: Sequence[int], completion: Completion, prompt_id: int, sample: int, version: int) -> Rollout:
+def as_rollout(prompt: Sequence[int], completion: Completion, prompt_id: int, sample: int, version: int) -> Rollout:
     """The completion behind its prompt, as one turn."""
     start, stop = len(prompt), len(prompt) + len(completion.token_ids)
 

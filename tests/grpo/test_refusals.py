@@ -9,6 +9,14 @@ import pytest
 from r1jax import train
 from tests.grpo.world import recipe, write_model
 
+# Nobody listens on port 1.
+NOBODY = {"vllm_server_port": 1, "vllm_server_timeout": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("R1JAX_VLLM_KEY", "a-key-that-nobody-has")
+
 
 @pytest.mark.parametrize(
     ("changes", "line"),
@@ -21,8 +29,14 @@ from tests.grpo.world import recipe, write_model
         ({"reward_funcs": ["tiny_rewards:needs_gold"]}, "reward_funcs: need a dataset with the column gold, which nee"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights: need 1 numbers, one for each of reward_funcs, got"),
         ({"dataset_prompt_column": "question"}, "dataset_prompt_column: need a column of the dataset, got question"),
-        ({"rollout_engine": "vllm"}, "rollout_engine: need jax, got vllm; a vLLM server cannot be used yet: --rollou"),
-        ({"use_vllm": True}, "rollout_engine: need jax, got vllm; a vLLM server cannot be used yet: --rollout_engine"),
+        (
+            {"rollout_engine": "vllm", "vllm_mode": "colocate"},
+            "vllm_mode: need server with rollout_engine: vllm, got c",
+        ),
+        ({"use_vllm": True, "vllm_guided_decoding_regex": "a*"}, "vllm_guided_decoding_regex: need null, got a*; remo"),
+        ({"use_vllm": True, "vllm_server_base_url": "host"}, "vllm_server_base_url: need http://host:port, https://ho"),
+        ({"use_vllm": True, "top_p": 0.9, **NOBODY}, "rollout_engine: need samples of the policy at its temperature w"),
+        ({"use_vllm": True, **NOBODY}, "vllm_server_base_url: need an answer to /health, got none from http://127.0.0"),
         ({"num_generations": 3}, "num_generations: need a divisor of the 16 completions of a generation batch (1 per"),
         ({"num_generations": 1}, "num_generations: need x >= 2, got 1; advantages compare completions of one prompt"),
         ({"steps_per_generation": 3, "num_generations": 2}, "steps_per_generation: need a multiple of gradient_accum"),

@@ -176,5 +176,6 @@ def assembled(content: Mapping[str, Any], devices: int = 1) -> Iterator[Pieces]:
     params = first_params(config, source, layout)
     step, score = grpo.make_steps(config, source, layout, task.plan.num_steps)
     with grpo.open_graders(config, task) as graders:
-        collector = grpo.make_collector(config, source, layout, task, graders)
+        engine = grpo.open_engine(config, source, layout, task)
+        collector = grpo.make_collector(config, source, task, graders, engine)
         yield Pieces(config, source, layout, task, params, collector, step, score)

@@ -76,15 +76,21 @@ ELSEWHERE: dict[str, str] = {
         "what W&B shows: experience/test_observer.py::test_every_completion_goes_out_if_prompts_need_not_be_unique"
     ),
     "dataset_solution_column": "renamed for rewards: data/test_prompts.py::test_solutions_under_another_name",
-    "rollout_engine": "vllm is refused: grpo/test_refusals.py::test_what_does_not_fit",
-    "use_vllm": "refused as rollout_engine vllm: grpo/test_refusals.py::test_what_does_not_fit",
+    "rollout_engine": "needs a server: vllm/test_grpo.py::test_two_steps_on_a_server",
+    "use_vllm": "rollout_engine by another name: config/test_resolve.py::test_values_that_follow_from_others",
+    "vllm_mode": "colocate is refused: grpo/test_refusals.py::test_what_does_not_fit",
+    "vllm_guided_decoding_regex": "refused: grpo/test_refusals.py::test_what_does_not_fit",
+    "vllm_server_base_url": "config/test_vllm.py::test_addresses",
+    "vllm_server_host": "config/test_vllm.py::test_addresses",
+    "vllm_server_port": "config/test_vllm.py::test_addresses",
+    "vllm_server_timeout": "rollout/test_vllm_checks.py::test_nobody_answers_in_time",
+    "vllm_gpu_memory_utilization": "reported as the server's: config/test_vllm.py::test_what_the_server_is_given",
+    "vllm_tensor_parallel_size": "reported as the server's: config/test_vllm.py::test_what_the_server_is_given",
 }
 
-# Read by parts that are refused until they are built: the vLLM server, rewards that run code.
+# Read by parts that are refused until they are built: rewards that run code.
 NOT_BUILT = frozenset(
     {
-        "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
-        "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_guided_decoding_regex",
         "code_eval_test_batch_size", "code_eval_scoring_mode", "parallel_code_exec_per_proc", "code_provider",
         "ioi_provider",
     }
