@@ -14,7 +14,9 @@ pytestmark = pytest.mark.vllm
 CONFIG = ROOT / "configs" / "SmolLM2-135M-Instruct" / "grpo.yaml"
 
 
-def train(folder: Path, assets: Path, smollm2: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def train(
+    folder: Path, assets: Path, smollm2: Path, *more: str, processes: int = 1
+) -> subprocess.CompletedProcess[str]:
     changes = {
         "model_name_or_path": smollm2,
         "dataset_train_file": assets / "data" / "gsm8k_train.jsonl",
@@ -31,7 +33,12 @@ def train(folder: Path, assets: Path, smollm2: Path, *more: str) -> subprocess.C
     }
     words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
-    command = [sys.executable, "-m", "r1jax.train", "--config", str(CONFIG), *words, *more]
+    if processes == 1:
+        command = [sys.executable, "-m", "r1jax.train", "--config", str(CONFIG)]
+    else:
+        environment |= {"PYTHON": sys.executable, "DEVICES_PER_PROCESS": "1"}
+        command = [str(ROOT / "launch" / "local.sh"), str(processes), str(CONFIG)]
+    command += [*words, *more]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
@@ -63,3 +70,19 @@ def test_a_server_of_another_length_is_refused_before_anything_is_written(
     assert done.returncode == 2
     assert "vllm_server_base_url: need room for " in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_two_trainer_processes_share_a_server(
+    server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]
+):
+    """Each has its own prompts drawn; the weights are gathered by both and pushed by the first."""
+    vllm = ("--rollout_engine", "vllm", "--vllm_server_base_url", server.url)
+    done = train(
+        tmp_path, assets, smollm2, "--max_steps", "2", "--per_device_train_batch_size", "4", *vllm, processes=2
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    found = [abs(row["mismatch_kl"]) for row in rows if "mismatch_kl" in row]
+    assert len(found) == 2 and max(found) < 1e-5
+    assert server.rpc("r1jax_state")["version"] == 1
+    report.append(f"GRPO through vLLM from two processes: mismatch_kl {max(found):.1e} at most")
