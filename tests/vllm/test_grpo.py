@@ -15,12 +15,15 @@ CONFIG = ROOT / "configs" / "SmolLM2-135M-Instruct" / "grpo.yaml"
 
 
 def train(
-    folder: Path, assets: Path, smollm2: Path, *more: str, processes: int = 1
+    folder: Path, assets: Path, smollm2: Path, server: Server, *, processes: int = 1, **changes: object
 ) -> subprocess.CompletedProcess[str]:
-    changes = {
+    """A run of the recipe, made small, whose completions the server draws."""
+    keys = {
         "model_name_or_path": smollm2,
         "dataset_train_file": assets / "data" / "gsm8k_train.jsonl",
         "output_dir": folder / "out",
+        "rollout_engine": "vllm",
+        "vllm_server_base_url": server.url,
         "eval_strategy": "no",
         "eval_on_start": "false",
         "beta": 0,
@@ -30,22 +33,22 @@ def train(
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
+        "max_steps": 2,
+        **changes,
     }
-    words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
     if processes == 1:
         command = [sys.executable, "-m", "r1jax.train", "--config", str(CONFIG)]
     else:
         environment |= {"PYTHON": sys.executable, "DEVICES_PER_PROCESS": "1"}
         command = [str(ROOT / "launch" / "local.sh"), str(processes), str(CONFIG)]
-    command += [*words, *more]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    return subprocess.run([*command, *words], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
 def test_two_steps_on_a_server(server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]):
     """The second step's completions are of the weights that the first one made, to the last bits of float32."""
-    vllm = ("--rollout_engine", "vllm", "--vllm_server_base_url", server.url)
-    done = train(tmp_path, assets, smollm2, "--max_steps", "2", *vllm)
+    done = train(tmp_path, assets, smollm2, server)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "mismatch_kl" in row]
@@ -65,8 +68,7 @@ def test_two_steps_on_a_server(server: Server, assets: Path, smollm2: Path, tmp_
 def test_a_server_of_another_length_is_refused_before_anything_is_written(
     server: Server, assets: Path, smollm2: Path, tmp_path: Path
 ):
-    vllm = ("--rollout_engine", "vllm", "--vllm_server_base_url", server.url)
-    done = train(tmp_path, assets, smollm2, *vllm, "--max_completion_length", "1500")
+    done = train(tmp_path, assets, smollm2, server, max_completion_length=1500)
     assert done.returncode == 2
     assert "vllm_server_base_url: need room for " in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -76,7 +78,6 @@ def test_two_trainer_processes_share_a_server(
     server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]
 ):
     """Each has its own prompts drawn; the weights are gathered by both and pushed by the first."""
-    vllm = ("--rollout_engine", "vllm", "--vllm_server_base_url", server.url)
     done = train(
         tmp_path, assets, smollm2, "--max_steps", "2", "--per_device_train_batch_size", "4", *vllm, processes=2
     )
