@@ -78,9 +78,7 @@ def test_two_trainer_processes_share_a_server(
     server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]
 ):
     """Each has its own prompts drawn; the weights are gathered by both and pushed by the first."""
-    done = train(
-        tmp_path, assets, smollm2, "--max_steps", "2", "--per_device_train_batch_size", "4", *vllm, processes=2
-    )
+    done = train(tmp_path, assets, smollm2, server, processes=2, per_device_train_batch_size=4)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     found = [abs(row["mismatch_kl"]) for row in rows if "mismatch_kl" in row]
