@@ -1,4 +1,4 @@
-"""Servers that are not there, or are something else, end in one line that says what to start. The real one: tests/vllm."""
+"""Servers that are not there, or are something else, end in one line that says what to start."""
 
 import time
 
@@ -49,8 +49,8 @@ def answers(**routes):
 
 
 STATE = {
-    "ok": True, "instance": "one", "version": None, "torn": False, "sync_dir": "/nowhere", "vllm": "0.0", "dtype": "float32",
-    "logprobs_mode": "raw_logprobs", "max_model_len": 64, "vocab_size": 40, "hidden_size": 32, "num_layers": 2,
+    "ok": True, "instance": "one", "version": None, "torn": False, "sync_dir": "/nowhere", "vllm": "0.0",
+    "dtype": "float32", "logprobs_mode": "raw_logprobs", "max_model_len": 64, "vocab_size": 40, "hidden_size": 32, "num_layers": 2,
 }  # fmt: skip
 
 
@@ -95,6 +95,6 @@ def test_raw_log_probabilities_are_found_out(configs):
     """The gaps between likely tokens do not grow when the temperature falls."""
     top = {"choices": [{"logprobs": {"top_logprobs": [{f"token_id:{i}": -0.5 * i for i in range(5)}]}}]}
     routes = {"models": MODELS, "collective_rpc": {"results": [STATE]}, "completions": top}
-    line = "got --logprobs-mode raw_logprobs, a gap of 2.000 at 1 and 2.000 at 0.5; start it with --logprobs-mode processed"
+    line = "raw_logprobs, a gap of 2.000 at 1 and 2.000 at 0.5; start it with --logprobs-mode processed_logprobs"
     with listening(answers(health={}, **routes)) as server, pytest.raises(UserError, match=line):
         check(configs, server.url)
