@@ -1,4 +1,4 @@
-"""Servers that are not there, or are something else, end in one line that says what to start. The real one: tests/vllm."""
+"""Servers that are not there, or are something else, end in one line that says what to start."""
 
 import time
 
@@ -9,13 +9,13 @@ from r1jax.rollout.vllm_checks import Expected, check_servers
 from r1jax.rollout.vllm_client import Limits, VllmClient
 from tests.rollout.http_server import HANG, HANG_UP, listening
 
-QUICK = Limits(request_seconds=0.5, control_seconds=0.5, connect_seconds=0.5)
+PATIENT = Limits(request_seconds=20, control_seconds=20, connect_seconds=20)
 MODELS = {"data": [{"id": "policy"}]}
 
 
-def check(configs, *urls, seconds=0.5, model=None):
+def check(configs, *urls, seconds=20.0, model=None):
     expected = Expected(config=configs["qwen3"], longest=20, stop_ids=(2,), probe=(1, 5), model=model)
-    return check_servers(VllmClient(urls, "key", limits=QUICK), expected, start_seconds=seconds)
+    return check_servers(VllmClient(urls, "key", limits=PATIENT), expected, start_seconds=seconds)
 
 
 @pytest.mark.parametrize("reply", [HANG, HANG_UP, (503, b"")])
@@ -27,7 +27,7 @@ def test_nobody_answers_in_time(configs, reply):
             UserError, match=r"need an answer to /health, got none from http.* in 0.5 s; start it with launch"
         ),
     ):
-        check(configs, server.url)
+        check(configs, server.url, seconds=0.5)
     assert time.monotonic() - start < 5
 
 
@@ -49,8 +49,9 @@ def answers(**routes):
 
 
 STATE = {
-    "ok": True, "instance": "one", "version": None, "torn": False, "sync_dir": "/nowhere", "vllm": "0.0", "dtype": "float32",
-    "logprobs_mode": "raw_logprobs", "max_model_len": 64, "vocab_size": 40, "hidden_size": 32, "num_layers": 2,
+    "ok": True, "instance": "one", "version": None, "torn": False, "sync_dir": "/nowhere", "vllm": "0.0",
+    "dtype": "float32", "logprobs_mode": "raw_logprobs", "max_model_len": 64, "vocab_size": 40, "hidden_size": 32,
+    "num_layers": 2,
 }  # fmt: skip
 
 
@@ -95,6 +96,6 @@ def test_raw_log_probabilities_are_found_out(configs):
     """The gaps between likely tokens do not grow when the temperature falls."""
     top = {"choices": [{"logprobs": {"top_logprobs": [{f"token_id:{i}": -0.5 * i for i in range(5)}]}}]}
     routes = {"models": MODELS, "collective_rpc": {"results": [STATE]}, "completions": top}
-    line = "got --logprobs-mode raw_logprobs, a gap of 2.000 at 1 and 2.000 at 0.5; start it with --logprobs-mode processed"
+    line = "raw_logprobs, a gap of 2.000 at 1 and 2.000 at 0.5; start it with --logprobs-mode processed_logprobs"
     with listening(answers(health={}, **routes)) as server, pytest.raises(UserError, match=line):
         check(configs, server.url)
