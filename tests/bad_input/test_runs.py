@@ -72,7 +72,7 @@ GOING_ON: dict[str, tuple[str, str, Mistake]] = {
     "another seed": (RESUME, "seed", lambda p: p.set(seed=7)),
     "other rows": (RESUME, "the data", lambda p: p.write_rows(*sums(12))),
     "another length": (RESUME, "lengths", lambda p: p.set(max_length=32)),
-    "another batch": (RESUME, "batch size", lambda p: p.set(per_device_train_batch_size=2)),
+    "another batch": ("per_device_train_batch_size", "8 rows a step", lambda p: p.set(per_device_train_batch_size=2)),
     "another optimizer": (RESUME, "optim", lambda p: p.set(optim="adamw_8bit")),
     "another model": (RESUME, "model and optim", lambda p: p.edit_json("config.json", num_hidden_layers=1) or p.set(
         random_init=True)),

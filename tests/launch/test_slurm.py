@@ -85,13 +85,15 @@ def test_the_last_nodes_serve(tmp_path: Path):
     cluster = Cluster(tmp_path, num_nodes=3)
     (cluster.checkout / "launch").mkdir()
     (cluster.checkout / "launch" / "vllm_server.sh").write_text('echo "[\\"served\\", \\"$*\\"]" >>"$RECORD"')
-    done = cluster.submit("--config", "own.yaml", "--vllm_nodes", "1", "--dp", "4", "--tp", "2")
+    (cluster.checkout / "model").mkdir()
+    (cluster.checkout / "model" / "config.json").write_text("{}")
+    done = cluster.submit("--config", "own.yaml", "--vllm_nodes", "1", "--vllm_model", "model", "--dp", "4", "--tp", "2")
     assert done.returncode == 0, done.stderr
     servers, trainers = sorted(cluster.calls("srun"), key=lambda call: call[0])
     assert servers[:5] == ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=96", "--nodelist=gpu2"]
     assert "--nodelist=gpu0,gpu1" in trainers
-    assert trainers[-2:] == ["--vllm_server_base_url", "http://gpu2:8000"]
-    assert cluster.calls("served") == [["--recipe own.yaml --dp 4 --tp 2"]]
+    assert trainers[-4:] == ["--rollout_engine", "vllm", "--vllm_server_base_url", "http://gpu2:8000"]
+    assert cluster.calls("served") == [["model --host 0.0.0.0 --data-parallel-size 4 --tensor-parallel-size 2"]]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_the_last_nodes_serve(tmp_path: Path):
     [
         (["--model", "M"], "config: need a recipe, got none at configs/M/.yaml; "),
         (["--config", "own.yaml", "--accelerator", "zero4"], "accelerator: need zero3, zero2, zero1, ddp or "),
-        (["--config", "own.yaml", "--vllm_nodes", "1"], "vllm_nodes: need 0 without launch/vllm_server.sh, got 1; "),
+        (["--config", "own.yaml", "--vllm_nodes", "1"], "vllm_model: need the model's directory beside --vllm_nodes, got none; "),
         (["--config", "own.yaml", "--vllm_nodes", "2"], "vllm_nodes: need fewer than the job's 2 nodes, got 2; "),
         (["--config", "own.yaml", "--tp", "2"], "dp: need --vllm_nodes beside --dp and --tp, got none; "),
         (["--config", "own.yaml", "--max_restarts", "x"], "slurm.sbatch: need a number of nodes or restarts, got x; "),
