@@ -15,8 +15,11 @@ SECONDS = 60
 
 # As r1jax.launch does it, with other arguments than the trainer's and other limits.
 _LAUNCHER = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
+# The tests themselves may run in the background, under nohup: then these come ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from r1jax.launch.here import start_here
 from r1jax.launch.hosts import read_hosts, start_on_hosts
 from r1jax.launch.restarts import run
