@@ -87,7 +87,9 @@ def test_the_last_nodes_serve(tmp_path: Path):
     (cluster.checkout / "launch" / "vllm_server.sh").write_text('echo "[\\"served\\", \\"$*\\"]" >>"$RECORD"')
     (cluster.checkout / "model").mkdir()
     (cluster.checkout / "model" / "config.json").write_text("{}")
-    done = cluster.submit("--config", "own.yaml", "--vllm_nodes", "1", "--vllm_model", "model", "--dp", "4", "--tp", "2")
+    done = cluster.submit(
+        "--config", "own.yaml", "--vllm_nodes", "1", "--vllm_model", "model", "--dp", "4", "--tp", "2"
+    )
     assert done.returncode == 0, done.stderr
     servers, trainers = sorted(cluster.calls("srun"), key=lambda call: call[0])
     assert servers[:5] == ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=96", "--nodelist=gpu2"]
@@ -101,7 +103,7 @@ def test_the_last_nodes_serve(tmp_path: Path):
     [
         (["--model", "M"], "config: need a recipe, got none at configs/M/.yaml; "),
         (["--config", "own.yaml", "--accelerator", "zero4"], "accelerator: need zero3, zero2, zero1, ddp or "),
-        (["--config", "own.yaml", "--vllm_nodes", "1"], "vllm_model: need the model's directory beside --vllm_nodes, got none; "),
+        (["--config", "own.yaml", "--vllm_nodes", "1"], "vllm_model: need the model's directory beside "),
         (["--config", "own.yaml", "--vllm_nodes", "2"], "vllm_nodes: need fewer than the job's 2 nodes, got 2; "),
         (["--config", "own.yaml", "--tp", "2"], "dp: need --vllm_nodes beside --dp and --tp, got none; "),
         (["--config", "own.yaml", "--max_restarts", "x"], "slurm.sbatch: need a number of nodes or restarts, got x; "),
