@@ -250,7 +250,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when what was saved is complete on disk; raises what went wrong, as `check` does."""
         self.check()
-        with writing("output_dir", self._target()):
+        # Noted here too: not all of Orbax's writing goes through our handlers.
+        with writing("output_dir", self._target()), self._failure.noted():
             self._manager.wait_until_finished()
             self._empty_deleted()
 
