@@ -22,6 +22,7 @@ from r1jax.config import RunConfig
 from r1jax.config.folders import check_folder
 from r1jax.experience import storage
 from r1jax.experience.collect import Collector
+from r1jax.experience.drawing import Request
 from r1jax.experience.engines import make_engine
 from r1jax.experience.generations import Generations, Observe, Packer
 from r1jax.experience.observer import Observer
@@ -40,9 +41,11 @@ from r1jax.objectives.grpo import (
 from r1jax.objectives.reductions import weigh_by
 from r1jax.optimizer import make_schedule
 from r1jax.rewards.grading import Graders
-from r1jax.rollout.engine import RolloutEngine
+from r1jax.rollout import journal
+from r1jax.rollout.engine import EVALUATION, RolloutEngine
+from r1jax.rollout.journal import Journal, Label
 from r1jax.rollout.slots import room_on
-from r1jax.rollout.vllm_engine import PROBE_TOKENS, Probe
+from r1jax.rollout.vllm_probe import PROBE_TOKENS, Probe
 from r1jax.rollout.weights import sampling_mesh
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
@@ -61,9 +64,6 @@ from r1jax.training.source import Source, first_params, read_source
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import ScoreStep, TrainStep, make_score_step, make_train_step
 
-EVALUATION = 2**30
-"""Added to the step of evaluation's random numbers: it draws others than training."""
-
 
 def run(config: RunConfig) -> None:
     """Trains, evaluates, saves and exports into config.run.output_dir; goes on where an earlier run stopped."""
@@ -80,7 +80,8 @@ def run(config: RunConfig) -> None:
         if opening.start is not None:
             order.check(opening.start.metadata)
             storage.check(opening.start.metadata, with_reference=bool(config.grpo.beta))
-        with contextlib.closing(open_engine(config, source, layout, task)) as engine:
+        samples, ahead = open_journal(config, opening)
+        with contextlib.closing(open_engine(config, source, layout, task, samples)) as engine:
             # 2. The estimate comes before the compiler has its say.
             estimate = estimate_memory(
                 config,
@@ -100,9 +101,38 @@ def run(config: RunConfig) -> None:
                 open_graders(config, task) as graders,
             ):
                 collector = make_collector(config, source, task, graders, engine)
-                state, done = train_policy(config, source, layout, task, collector, state, reference, kept, keeper)
+                experience = Kept(batches=kept, ahead=ahead, journal=samples)
+                state, done = train_policy(
+                    config, source, layout, task, collector, state, reference, experience, keeper
+                )
                 if done == task.plan.num_steps:
                     keeper.finish(done, state)
+                    if samples is not None and jax.process_index() == 0:
+                        samples.discard()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What an earlier process of the run has left of its experience."""
+
+    batches: dict[int, Any]
+    """By the step that uses them."""
+    ahead: Label | None
+    """The weights that the next generation was being drawn with."""
+    journal: Journal | None
+    """Of samples; None where they can be drawn again."""
+
+
+def open_journal(config: RunConfig, opening: Opening) -> tuple[Journal | None, Label | None]:
+    """(the journal of accepted samples, what its next generation was drawn with); (None, None) without servers."""
+    if config.vllm.rollout_engine != "vllm":
+        return None, None
+    about = opening.start.metadata.get(journal.FOLDER) if opening.start is not None else None
+    ahead = Label(**about) if about else None
+    made = Journal(Path(config.run.output_dir) / journal.FOLDER, jax.process_index(), vouched=ahead)
+    if config.run.resume_from_checkpoint is False and jax.process_index() == 0:
+        made.discard()
+    return made, ahead
 
 
 def cache_bytes(config: RunConfig, source: Source, layout: StateLayout, task: Task) -> int:
@@ -148,7 +178,9 @@ def open_graders(config: RunConfig, task: Task) -> Graders:
     )
 
 
-def open_engine(config: RunConfig, source: Source, layout: StateLayout, task: Task) -> RolloutEngine:
+def open_engine(
+    config: RunConfig, source: Source, layout: StateLayout, task: Task, kept_in: Journal | None = None
+) -> RolloutEngine:
     """Who samples; raises `UserError` for servers that do not fit."""
     return make_engine(
         config,
@@ -158,6 +190,7 @@ def open_engine(config: RunConfig, source: Source, layout: StateLayout, task: Ta
         probe=make_probe(config, source, layout),
         probe_prompt=task.train.ids(0)[:PROBE_TOKENS],
         longest_prompt=task.longest_prompt,
+        journal=kept_in,
     )
 
 
@@ -206,7 +239,7 @@ def train_policy(
     collector: Collector,
     state: TrainState,
     reference: Reference | None,
-    kept: dict[int, Any],
+    kept: Kept,
     keeper: Keeper,
 ) -> tuple[TrainState, int]:
     """(the final state, updates done)."""
@@ -227,7 +260,9 @@ def train_policy(
         start_step=int(state.step),
         log_table=keeper.recorder.trackers.log_table,
     )
-    generations = make_generations(config, layout, task, collector, score, reference, observer.observe, kept)
+    generations = make_generations(config, layout, task, collector, score, reference, observer.observe, kept.batches)
+    generations.ahead = kept.ahead
+    whole = [int(state.step)]  # of the checkpoint that is on disk when the next one begins
 
     def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
         for index in range(int(state.step), plan.num_steps):
@@ -245,9 +280,15 @@ def train_policy(
 
     def beside(done: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         trees, metadata = storage.stored(generations.kept)
+        if generations.ahead is not None:
+            metadata = {**metadata, journal.FOLDER: dataclasses.asdict(generations.ahead)}
+        if kept.journal is not None and jax.process_index() == 0:
+            kept.journal.discard_before(plan.step(whole.pop())[0])
+        whole.append(done)
         return {**trees, **(reference.trees() if reference else {})}, metadata
 
     def measure(now: TrainState) -> dict[str, float]:
+        generations.settle()
         return keeper.measured(int(now.step), evaluate_policy(config, task, collector, now))
 
     if config.reporting.eval_on_start and task.held_out is not None and int(state.step) == 0:
@@ -312,6 +353,7 @@ def make_generations(
         score=score,
         reference=None if reference is None else lambda: reference.params,
         observe=observe,
+        depth=config.vllm.rollout_async_depth,
         kept=kept,
     )
 
@@ -320,10 +362,14 @@ def evaluate_policy(config: RunConfig, task: Task, collector: Collector, now: Tr
     """The metrics of num_generations_eval completions of each held-out prompt, eval_ before their names."""
     assert task.held_out is not None
     started, done = time.perf_counter(), int(now.step)
-    collector.engine.sync(now.params, done)
     size = config.sampling.num_generations_eval or config.sampling.num_generations
-    about = {"global_step": done, "max_steps": task.plan.num_steps}
-    everything = range(len(task.held_out))
-    experience = collector.collect(task.held_out, everything, size, step=EVALUATION + done, log_of=about)
+    request = Request(
+        prompts=task.held_out,
+        indices=range(len(task.held_out)),
+        group_size=size,
+        step=EVALUATION + done,
+        log_of={"global_step": done, "max_steps": task.plan.num_steps},
+    )
+    experience = collector.collect(request, now.params, done)
     metrics = {f"eval_{name}": value for name, value in experience_metrics(experience).items()}
     return {**metrics, "eval_runtime": time.perf_counter() - started}

@@ -31,7 +31,8 @@ class Answer:
 
     content: Any
     instance: str
-    """The server process, as `launch/vllm_server.sh` named it; empty for a server that has no name."""
+    """The server process, as `launch/vllm_server.sh` named it, and a count of changes of its weights; empty where they
+    may have changed while it answered, and for a server that has no name."""
 
 
 def connect(url: str, key: str, connect_timeout: float) -> httpx.AsyncClient:

@@ -14,7 +14,6 @@ from typing import Any
 from safetensors import SafetensorError
 
 from r1jax.vllm_plugin import cpu_linear
-from r1jax.vllm_plugin.access import INSTANCE
 from r1jax.vllm_plugin.folder import Refused, path_of, sync_folder
 from r1jax.vllm_plugin.weights import Weights
 
@@ -44,13 +43,12 @@ class WeightSync:
 
     @_answers
     def r1jax_state(self) -> dict[str, Any]:
-        """Which process this is, what model it has, and which weights."""
+        """What model this worker has, and which weights."""
         worker: Any = self
         config = worker.vllm_config.model_config
         hf = config.hf_text_config
         weights = self._r1jax_loaded()
         return {
-            "instance": os.environ.get(INSTANCE, ""),
             "version": weights.version,
             "torn": weights.torn,
             "sync_dir": weights.folder,

@@ -3,7 +3,6 @@
 A first step is on policy: the ratio is 1, so the loss is minus the sum of weight times advantage over trained tokens.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from r1jax.config import resolve
 from r1jax.experience.collect import Experience
 from r1jax.objectives.grpo import Surrogate, make_surrogate
 from r1jax.training.state import start_state
-from tests.grpo.world import Pieces, assembled, keys
+from tests.grpo.world import Pieces, assembled, draw, keys
 
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -36,9 +35,8 @@ def pieces(world: Path) -> Iterator[Pieces]:
 @pytest.fixture(scope="module")
 def drawn(pieces: Pieces) -> Experience:
     """A generation in which some completions are cut off and some are not."""
-    pieces.collector.engine.sync(pieces.params, 0)
     indices = pieces.task.plan.prompts(0).tolist()
-    found = pieces.collector.collect(pieces.task.train, indices, 4, step=0, log_of={})
+    found = draw(pieces, indices, 4)
     assert 0 < sum(one.truncated for one in found.rollouts) < 16 and np.any(found.advantages)
     return found
 
@@ -104,8 +102,7 @@ def test_the_surrogate_is_the_one_asked_for(world: Path, changes: dict[str, Any]
 )
 def test_advantages_are_scaled_as_asked(pieces: Pieces, world: Path, scale: Any, deviation: str) -> None:
     config = resolve(keys(world, scale_rewards=scale)).config
-    collector = dataclasses.replace(pieces.collector, scaling=config.grpo.scaling)
-    found = collector.collect(pieces.task.train, [3, 11], 4, step=0, log_of={})
+    found = draw(pieces, [3, 11], 4, scaling=config.grpo.scaling)
     rewards = found.rewards.reshape(2, 4)
     assert np.isnan(rewards).any()  # brevity has none for some
     centred = rewards - np.nanmean(rewards, axis=1, keepdims=True)

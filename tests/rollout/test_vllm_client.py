@@ -10,6 +10,7 @@ from r1jax.config.errors import RunFailure, UserError
 from r1jax.rollout.settings import SamplingSettings
 from r1jax.rollout.vllm_client import Limits, ServerChanged, VllmClient, check_urls
 from r1jax.rollout.vllm_requests import group_seed
+from r1jax.rollout.vllm_router import draw_samples
 from tests.rollout.http_server import HANG, HANG_UP, TRICKLE, completion, listening
 
 SETTINGS = SamplingSettings(max_new_tokens=4, stop_ids=(2,), seed=7, temperature=0.7)
@@ -20,8 +21,16 @@ PROMPTS = [[1, 5, 6], [1, 7], [1, 8, 9, 10]]
 
 def draw(client, prompts=PROMPTS, num_generations=4, settings=SETTINGS, ids=None):
     ids = range(10, 10 + len(prompts)) if ids is None else ids
-    drawn = client.sample(
-        prompts, ids, settings, num_generations=num_generations, step=5, model="policy", vocab_size=40, version=3
+    drawn = draw_samples(
+        client,
+        prompts,
+        ids,
+        settings,
+        num_generations=num_generations,
+        step=5,
+        model="policy",
+        vocab_size=40,
+        version=3,
     )
     return [[one.token_ids.tolist() for one in group] for group in drawn]
 
@@ -45,8 +54,8 @@ def test_samples_come_in_order_with_their_numbers():
     with listening(completion) as server:
         client = VllmClient([server.url], "the key", limits=QUICK)
         assert draw(client) == expected()
-        drawn = client.sample(
-            PROMPTS[:1], [3], SETTINGS, num_generations=1, step=None, model="policy", vocab_size=40, version=3
+        drawn = draw_samples(
+            client, PROMPTS[:1], [3], SETTINGS, num_generations=1, step=None, model="policy", vocab_size=40, version=3
         )
     one = drawn[0][0]
     assert (one.logprobs.tolist(), one.finish_reason, one.version) == ([-0.5, -0.25], "stop", 3)
