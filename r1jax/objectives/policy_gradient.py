@@ -48,7 +48,7 @@ def truncated_importance(log_ratio: Float[Array, "B T"], cap: float) -> Float[Ar
     """min(p / q, cap) with log_ratio = log p - log q of a token drawn from q, without a gradient: truncated importance
     sampling (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025).
 
-    Times it a mean over q is one over p, but for what the cap takes away to bound the variance.
+    A mean over q of what it multiplies is one over p, but for what the cap takes away to bound the variance.
     """
     # exp of what lies beyond would be 0 or infinite in the end; both are far outside of any use.
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.clip(log_ratio, -20.0, 20.0)), cap))

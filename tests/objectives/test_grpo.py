@@ -166,6 +166,7 @@ def test_the_correction_by_hand():
     batch = PackedBatch(
         **{name: jnp.asarray([values], jnp.int32) for name, values in row.items()},
         **{name: jnp.asarray([values], jnp.float32) for name, values in floats.items()},
+        max_segments=1,
     )
     compute = jax.value_and_grad(make_policy_loss(given, Surrogate(importance_cap=1.5)), has_aux=True)
     (value, sums), slope = compute(jnp.log(jnp.asarray([[1.0, 0.5, 0.2]])), batch)
