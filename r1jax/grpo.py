@@ -310,7 +310,7 @@ def train_policy(
 def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps: int) -> tuple[TrainStep, ScoreStep]:
     """(the update, what scores a batch by given parameters), both jitted."""
     statistics = make_policy_statistics(config, source, layout, config.sampling.temperature)
-    loss = make_policy_loss(statistics, make_surrogate(config.grpo))
+    loss = make_policy_loss(statistics, make_surrogate(config.grpo, config.vllm))
     schedule = make_schedule(config.optimizer, num_steps)
     step = make_train_step(loss, config.optimizer, schedule, layout, skip_empty=True)
     return step, make_score_step(make_scorer(statistics), layout)

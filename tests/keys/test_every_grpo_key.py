@@ -85,6 +85,12 @@ ELSEWHERE: dict[str, str] = {
     "vllm_server_port": "config/test_vllm.py::test_addresses",
     "vllm_server_timeout": "rollout/test_vllm_checks.py::test_nobody_answers_in_time",
     "vllm_gpu_memory_utilization": "reported as the server's: config/test_vllm.py::test_what_the_server_is_given",
+    "vllm_importance_sampling_correction": (
+        "needs a server's samples: grpo/test_choices.py::test_the_samples_of_a_server_are_corrected"
+    ),
+    "vllm_importance_sampling_cap": (
+        "needs a server's samples: grpo/test_choices.py::test_the_surrogate_is_the_one_asked_for"
+    ),
     "vllm_tensor_parallel_size": "reported as the server's: config/test_vllm.py::test_what_the_server_is_given",
 }
 

@@ -56,6 +56,7 @@ def test_two_steps_on_a_server(server: Server, assets: Path, smollm2: Path, tmp_
     for row in steps:
         assert abs(row["mismatch_kl"]) < 1e-5
         assert row["sampling/sampling_logp_difference/max"] < 1e-3
+        assert abs(row["sampling/importance_sampling_ratio/mean"] - 1) < 1e-3
         seconds = f"sync {row['time/sync']:.1f} s, rollout {row['time/rollout']:.1f} s"
         report.append(f"GRPO through vLLM: mismatch_kl {row['mismatch_kl']:.1e}, {seconds}")
     # Weights did move: the second generation was drawn with version 1.
