@@ -40,7 +40,8 @@ class Fleet:
         Raises `UserError` for servers that do not fit.
         """
         self.client, self._expected, self._config = client, expected, config
-        self._start_seconds, self._route = start_seconds, route
+        self._start_seconds = start_seconds
+        self._route: Route = route
         self.found = check_servers(client, expected, start_seconds=start_seconds)
         self._push = WeightPush(client, self.found, config, route=route)
 
