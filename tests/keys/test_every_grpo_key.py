@@ -76,7 +76,7 @@ ELSEWHERE: dict[str, str] = {
         "what W&B shows: experience/test_observer.py::test_every_completion_goes_out_if_prompts_need_not_be_unique"
     ),
     "dataset_solution_column": "renamed for rewards: data/test_prompts.py::test_solutions_under_another_name",
-    "rollout_engine": "needs a server: vllm/test_grpo.py::test_two_steps_on_a_server",
+    "rollout_engine": "needs a server: vllm/test_grpo.py::test_five_steps_are_those_of_the_embedded_engine",
     "use_vllm": "rollout_engine by another name: config/test_resolve.py::test_values_that_follow_from_others",
     "vllm_mode": "colocate is refused: grpo/test_refusals.py::test_what_does_not_fit",
     "vllm_guided_decoding_regex": "refused: grpo/test_refusals.py::test_what_does_not_fit",
