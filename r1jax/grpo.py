@@ -293,18 +293,19 @@ def train_policy(
 
     if config.reporting.eval_on_start and task.held_out is not None and int(state.step) == 0:
         keeper.recorder.emit(0, measure(state))
-    return loop.run(
-        state,
-        lambda now: profiled(inputs(now), config.run.profiled_steps(), output_dir / "profile"),
-        step,
-        cadence=cadence,
-        recorder=keeper.recorder,
-        tasks=loop.Tasks(
-            evaluate=measure if task.held_out is not None else None,
-            save=dataclasses.replace(keeper, beside=beside).save,
-            check=keeper.check,
-        ),
-    )
+    with contextlib.closing(generations):
+        return loop.run(
+            state,
+            lambda now: profiled(inputs(now), config.run.profiled_steps(), output_dir / "profile"),
+            step,
+            cadence=cadence,
+            recorder=keeper.recorder,
+            tasks=loop.Tasks(
+                evaluate=measure if task.held_out is not None else None,
+                save=dataclasses.replace(keeper, beside=beside).save,
+                check=keeper.check,
+            ),
+        )
 
 
 def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps: int) -> tuple[TrainStep, ScoreStep]:

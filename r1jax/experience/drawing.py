@@ -16,6 +16,7 @@ from r1jax.data.prompts import Prompts
 from r1jax.rewards.grading import Scores
 
 _LOOK_SECONDS = 0.5
+_LEAVE_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,11 @@ class Drawing:
         with progress.waiting("rollout"):
             while self._thread.is_alive():
                 self._thread.join(_LOOK_SECONDS)
+
+    def leave(self) -> None:
+        """Returns when it has ended, or will not soon: the process that leaves takes the thread along."""
+        if self._thread is not None:
+            self._thread.join(_LEAVE_SECONDS)
 
     @property
     def failure(self) -> RunFailure | None:

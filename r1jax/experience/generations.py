@@ -118,6 +118,13 @@ class Generations:
             self.drawing.wait()
             all_gathered(None)
 
+    def close(self) -> None:
+        """Gives up what is being drawn; its accepted samples are in the journal."""
+        if self.drawing is not None:
+            self.collector.engine.close()
+            self.drawing.leave()
+            self.drawing = None
+
     def _generate(self, step: int, params: Params) -> dict[str, float]:
         clock = _Clock()
         jax.block_until_ready(params)
@@ -127,7 +134,7 @@ class Generations:
         if self.depth and (generation + 1) * self.plan.steps_per_generation < self.plan.num_steps:
             self.collector.sync(params, step)
             clock.lap("time/sync")
-            self.drawing = self.collector.begin(self._request(generation + 1, step))
+            self.drawing = self.collector.begin(self._request(generation + 1))
             self.ahead = self.collector.engine.label
         metrics = {**experience_metrics(experience), **_staleness(experience, step)}
         self.observe(step, experience, metrics)
@@ -146,18 +153,21 @@ class Generations:
             return experience
         self.collector.sync(params, step)
         clock.lap("time/sync")
-        experience = self.collector.collect(self._request(generation, step), params, step)
+        experience = self.collector.collect(self._request(generation), params, step)
         clock.lap("time/collect")
         return experience
 
-    def _request(self, generation: int, step: int) -> Request:
-        """What generation `generation` is, asked for before update step + 1."""
+    def _request(self, generation: int) -> Request:
+        """What a generation is; whether it is drawn ahead, or again after a kill, makes no difference."""
         return Request(
             prompts=self.prompts,
             indices=self.plan.prompts(generation).tolist(),
             group_size=self.plan.num_generations,
             step=generation,
-            log_of={"global_step": step, "max_steps": self.plan.num_steps},
+            log_of={
+                "global_step": generation * self.plan.steps_per_generation,
+                "max_steps": self.plan.num_steps,
+            },
         )
 
     def _prepare(self, experience: Experience, steps: range, params: Params) -> None:

@@ -82,6 +82,7 @@ class VllmClient:
         self.key, self.limits = key, limits or Limits()
         self.counts: collections.Counter[str] = collections.Counter()
         """Failures so far by kind, `retries`, and `recoveries` (servers looked at and pushed to again)."""
+        self._closed = False
         self._running: tuple[asyncio.AbstractEventLoop, Any] | None = None
 
     @property
@@ -95,6 +96,8 @@ class VllmClient:
         async def inside() -> Result:
             self._running = (asyncio.get_running_loop(), asyncio.current_task())
             try:
+                if self._closed:
+                    raise asyncio.CancelledError("the client was closed")
                 async with self._connected() as clients:
                     return await work(clients)
             finally:
@@ -102,8 +105,9 @@ class VllmClient:
 
         return asyncio.run(inside())
 
-    def cancel(self) -> None:
-        """Ends the call that another thread is in, which raises `asyncio.CancelledError` there."""
+    def close(self) -> None:
+        """Ends the call that another thread is in, and every later one, by `asyncio.CancelledError` there."""
+        self._closed = True
         if (running := self._running) is not None:
             loop, task = running
             with contextlib.suppress(RuntimeError):  # the loop has just closed

@@ -94,7 +94,7 @@ class Fleet:
 
     def close(self) -> None:
         """Removes what was written for the servers and ends a call that is under way."""
-        self.client.cancel()
+        self.client.close()
         self._push.close()
 
     def _take_up(self, absent: list[Server]) -> None:
