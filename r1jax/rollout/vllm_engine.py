@@ -9,6 +9,8 @@ Every trainer process has one, for its own prompts. The first process pushes; al
 import logging
 from collections.abc import Sequence
 
+import jax
+
 from r1jax.batch import Rollout
 from r1jax.config.errors import ResumableFailure, RunFailure, need
 from r1jax.models.config import DecoderConfig
@@ -163,7 +165,7 @@ class VllmEngine:
             try:
                 if lost:
                     self._compared = None
-                    self._client.counts["recoveries"] += 1
+                    self._client.counts["recoveries"] += jax.process_index() == 0  # one of all processes
                     self._fleet.reopen()
                 self.push_times = self._fleet.push(params, version)
                 self._compare_if_due(params, version)
