@@ -112,18 +112,22 @@ def test_a_disk_that_fills_ends_the_run_and_leaves_the_last_checkpoint(
 def test_a_disk_that_turns_read_only(world: Path, whole: Path, disk: Path) -> None:
     """As a file system does on an error of its device: here checkpoints/, mounted again."""
     config = recipe(world, "read-only", output_dir=str(disk / "out"))
-    folder, flag = disk / "out" / "checkpoints", world / "disk-waits"
+    folder, flag, shadow = disk / "out" / "checkpoints", world / "disk-waits", world / "shadow"
+    shadow.mkdir()
     flag.touch()
     (trainer,) = start(config, world, 1, **slow_disk(world, "/checkpoints/8"))
     try:
         trainer.until(lambda: (folder / "8.orbax-checkpoint-tmp").exists())
-        subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
-        remount(folder, "bind,ro")
+        # Made read-only elsewhere and put in its place: where it stands the run may just be opening a file.
+        subprocess.run(["mount", "--bind", str(folder), str(shadow)], check=True)
+        remount(shadow, "bind,ro")
+        subprocess.run(["mount", "--bind", str(shadow), str(folder)], check=True)
         flag.unlink()
         assert trainer.ended() == 1
     finally:
         end([trainer])
-        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+        for mounted in (folder, shadow):
+            subprocess.run(["umount", "--lazy", str(mounted)], check=False)
     assert_told(trainer.said(), "Read-only file system")
     assert checkpoints(disk / "out") == [4]
     finished(config, world)
