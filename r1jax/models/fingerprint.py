@@ -33,10 +33,18 @@ def _sums(params: Any) -> UInt32[Array, "2"]:
 
 def _leaf(leaf: Array, number: int, seed: int) -> Array:
     bits = jax.lax.bitcast_convert_type(leaf, _BITS[leaf.dtype.itemsize]).astype(jnp.uint32)
-    # A leaf in another's place is another tree; an element in another's place of its row is another leaf.
-    place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, leaf.ndim - 1) if leaf.ndim else jnp.uint32(0)
-    mixed = _mixed(bits ^ _mixed(place + jnp.uint32((seed * (2 * number + 1)) % 2**32)))
+    # A leaf in another's place is another tree; an element in another's place is another leaf.
+    mixed = _mixed(bits ^ _mixed(_places(leaf.shape) + jnp.uint32((seed * (2 * number + 1)) % 2**32)))
     return jnp.sum(mixed, dtype=jnp.uint32)
+
+
+def _places(shape: tuple[int, ...]) -> Array:
+    """Each element's number, row by row, modulo 2^32; made of one for each dim, so that every device knows its own."""
+    found, stride = jnp.zeros(shape, jnp.uint32), 1
+    for dim in reversed(range(len(shape))):
+        found += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride % 2**32)
+        stride *= shape[dim]
+    return found
 
 
 def _mixed(x: Array) -> Array:

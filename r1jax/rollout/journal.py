@@ -122,7 +122,7 @@ def _entries(path: Path) -> Iterator[Entry]:
         try:
             row = json.loads(line)
             yield _entry(row)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             logger.warning("journal: a line of %s was cut off; its sample is drawn again", path.name)
 
 

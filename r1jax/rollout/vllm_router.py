@@ -160,8 +160,8 @@ class _Router:
             await asyncio.wait((answer, silence), return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
-            seconds = self._limits.pulse_seconds * self._limits.missed_pulses
-            raise Failure("timeout", server.url, f"no sign of life for {seconds:g} s")
+            times, seconds = self._limits.missed_pulses, self._limits.pulse_seconds
+            raise Failure("timeout", server.url, f"no sign of life, asked {times} times for {seconds:g} s each")
         finally:
             await _ended(answer, silence)
 

@@ -131,7 +131,7 @@ def saving_first(save: Callable[[], None]) -> Iterator[None]:
     """Within it a failure that leaves the state whole on all processes is raised on when it is saved."""
     try:
         yield
-    except ResumableFailure:
-        logger.warning("the run cannot go on; its state is saved first")
+    except ResumableFailure as failure:
+        logger.warning("the run cannot go on, its state is saved first: %s", failure)
         save()
         raise

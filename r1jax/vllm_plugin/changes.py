@@ -1,7 +1,8 @@
 """How often this server's weights may have been changed, as each answer says.
 
 A trainer that has pushed weights believes an answer where nobody has changed them since: between the request's coming
-and its answer, and since the trainer looked. Counted is every request that is not known to leave weights alone.
+and its answer, and since the trainer looked. Counted are vLLM's own routes that change weights, and every call of a
+worker's method that is not known to leave them alone.
 """
 
 import json
@@ -48,6 +49,7 @@ def _only_reads(body: bytes) -> bool:
         return False
     try:
         content = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and content.get("method") in _READS
+    method = content.get("method") if isinstance(content, dict) else None
+    return isinstance(method, str) and method in _READS

@@ -3,6 +3,7 @@
 A first step is on policy: the ratio is 1, so the loss is minus the sum of weight times advantage over trained tokens.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -84,6 +84,9 @@ ELSEWHERE: dict[str, str] = {
     "vllm_server_host": "config/test_vllm.py::test_addresses",
     "vllm_server_port": "config/test_vllm.py::test_addresses",
     "vllm_server_timeout": "rollout/test_vllm_checks.py::test_nobody_answers_in_time",
+    "vllm_request_timeout": "needs a server: experience/test_engines.py::test_how_long_a_request_may_take",
+    "vllm_verify_steps": "needs a server: experience/test_engines.py::test_how_often_servers_are_compared",
+    "rollout_async_depth": "needs a server: experience/test_ahead.py::test_the_next_generation_is_drawn_meanwhile",
     "vllm_gpu_memory_utilization": "reported as the server's: config/test_vllm.py::test_what_the_server_is_given",
     "vllm_importance_sampling_correction": (
         "needs a server's samples: grpo/test_choices.py::test_the_samples_of_a_server_are_corrected"

@@ -1,7 +1,6 @@
 import copy
 import dataclasses
 
-import numpy as np
 import pytest
 
 from r1jax.rollout.settings import SamplingSettings
@@ -130,7 +129,7 @@ def test_what_is_missing_of_groups_is_cut_into_pieces():
 
 def test_a_digest_is_of_all_that_a_sample_depends_on_but_the_weights():
     digest = request_digest([1, 5], SETTINGS, 3)
-    assert digest == request_digest(np.array([1, 5]), SETTINGS, 3)
+    assert digest == request_digest((1, 5), SETTINGS, 3)
     hotter = dataclasses.replace(SETTINGS, temperature=0.9)
     others = {
         request_digest([1, 6], SETTINGS, 3),
