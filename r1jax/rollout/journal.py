@@ -13,7 +13,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ class Journal:
                 broken = file.tell() and _last_byte(path) != b"\n"
                 file.write((("\n" if broken else "") + lines).encode())
 
-    def taken(self, generation: int, label: Label) -> dict[str, Sample]:
-        """The generation's samples, by their requests, that may be used by a policy whose weights have this label."""
-        believed = {label, self._vouched}
+    def taken(self, generation: int, labels: Collection[Label | None]) -> dict[str, Sample]:
+        """The generation's samples, by their requests, that weights with one of these labels have drawn."""
+        believed = {*labels, self._vouched}
         found = {
             entry.request: entry.sample
             for path in sorted(self._folder.glob(f"{generation}-*.jsonl"))

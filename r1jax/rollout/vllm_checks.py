@@ -19,6 +19,10 @@ START_LINE = "start it with launch/vllm_server.sh MODEL_DIR"
 _PROBE_TEMPERATURE = 0.5
 
 
+class Unreachable(UserError):
+    """A server that does not answer, whatever it would say."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expected:
     """What the trainer, or the user, needs of a server."""
@@ -91,7 +95,7 @@ def _named(failure: Failure, field: str) -> UserError:
     if "answered 401" in failure.what or "answered 403" in failure.what:
         advice = "set R1JAX_VLLM_KEY to the key that the server was started with"
         return need("R1JAX_VLLM_KEY", f"the key of {failure.url}", "another one", advice)
-    return need(field, "a server that answers", str(failure), f"see its log; {START_LINE}")
+    return Unreachable(str(need(field, "a server that answers", str(failure), f"see its log; {START_LINE}")))
 
 
 async def _until_up(clients: Clients, server: Server, field: str, seconds: float) -> None:
@@ -104,7 +108,7 @@ async def _until_up(clients: Clients, server: Server, field: str, seconds: float
         except Failure as failure:
             if time.monotonic() + 1 > deadline:
                 got = f"none from {failure} in {seconds:g} s"
-                raise need(field, "an answer to /health", got, START_LINE) from failure
+                raise Unreachable(str(need(field, "an answer to /health", got, START_LINE))) from failure
         await asyncio.sleep(1)
 
 

@@ -33,7 +33,18 @@ logger = logging.getLogger(__name__)
 
 MOST_RECOVERIES = 3
 """In a row, of one sync: servers that are lost as often as they come back are nothing to train with."""
-COUNTED = ("timeout", "connection", "status", "malformed", "stale", "refused", "retries", "recoveries", "replayed")
+COUNTED = (
+    "timeout",
+    "silent",
+    "connection",
+    "status",
+    "malformed",
+    "stale",
+    "refused",
+    "retries",
+    "recoveries",
+    "replayed",
+)
 
 
 class VllmEngine:
@@ -78,6 +89,8 @@ class VllmEngine:
         self.version: int | None = None
         self.label: Label | None = None
         """Of the weights that the servers have, where there is a journal."""
+        self._earlier: Label | None = None
+        """Of the weights before them, where servers were lost in the middle of a generation."""
         self.push_times: PushTimes | None = None
         """Of the last sync; None in processes that do not push."""
 
@@ -89,6 +102,8 @@ class VllmEngine:
         `ResumableFailure` where they do not come back, weights do not arrive, or are not those that answer.
         """
         self.version = None
+        # What was accepted before they were lost is as good as what other servers' samples of that time are.
+        self._earlier = self.label if lost else None
         self.label = Label(version, fingerprint(params)) if self._journal is not None else None
         try:
             self._sync(params, version, lost)
@@ -123,7 +138,7 @@ class VllmEngine:
         for row, prompt in enumerate(prompts):
             name = f"prompt {prompt_ids[row]}"
             check_prompt(prompt, self._config, settings.max_new_tokens, name, "max_completion_length")
-        page = _Page(self._journal if step < EVALUATION else None, self.label, step, settings)
+        page = _Page(self._journal if step < EVALUATION else None, self.label, self._earlier, step, settings)
         known = [page.known(prompt, prompt_ids[row], num_generations) for row, prompt in enumerate(prompts)]
         self._client.counts["replayed"] += sum(map(len, known))
         if any(len(have) < num_generations for have in known):
@@ -198,9 +213,16 @@ class VllmEngine:
 class _Page:
     """A generation's part of the journal; of no journal, it knows nothing and keeps nothing."""
 
-    def __init__(self, journal: Journal | None, label: Label | None, step: int, settings: SamplingSettings) -> None:
+    def __init__(
+        self,
+        journal: Journal | None,
+        label: Label | None,
+        earlier: Label | None,
+        step: int,
+        settings: SamplingSettings,
+    ) -> None:
         self._journal, self._label, self._step, self._settings = journal, label, step, settings
-        self._taken = journal.taken(step, label) if journal is not None and label is not None else {}
+        self._taken = journal.taken(step, {label, earlier} - {None}) if journal is not None else {}
 
     def known(self, prompt: Sequence[int], prompt_id: int, num_generations: int) -> dict[int, Sample]:
         """The prompt's samples that are there already, by their number."""

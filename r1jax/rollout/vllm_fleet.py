@@ -6,6 +6,7 @@ The first process decides which servers are in use and pushes; every process ask
 
 import asyncio
 import logging
+import secrets
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from r1jax.config.errors import RunFailure, UserError, shown
 from r1jax.models.config import DecoderConfig
 from r1jax.models.parameters import Params
 from r1jax.rollout.together import from_first, in_step
-from r1jax.rollout.vllm_checks import Expected, check_servers
+from r1jax.rollout.vllm_checks import Expected, Unreachable, check_servers
 from r1jax.rollout.vllm_client import Clients, Server, ServerChanged, ServersLost, VllmClient
 from r1jax.rollout.vllm_http import Failure
 from r1jax.rollout.weight_push import PushTimes, Route, WeightPush
@@ -44,6 +45,9 @@ class Fleet:
         self._route: Route = route
         self.found = check_servers(client, expected, start_seconds=start_seconds)
         self._push = WeightPush(client, self.found, config, route=route)
+        # Another run's step may have the same number: a server says whose weights it has.
+        token = from_first(lambda: np.frombuffer(secrets.token_bytes(8), np.uint8), np.zeros(8, np.uint8))
+        self._owner = token.tobytes().hex()
 
     @property
     def incomplete(self) -> bool:
@@ -61,7 +65,7 @@ class Fleet:
             writes = jax.process_index() == 0
             seconds = self._push.send(params, version, writes=writes)
             if writes:
-                prepare, apply, reset = self._push.load(version)
+                prepare, apply, reset = self._push.load(version, self._owner)
                 times.append(PushTimes(write=seconds, prepare=prepare, apply=apply, reset=reset))
 
         in_step(work, every=True)
@@ -111,6 +115,8 @@ class Fleet:
             if found.dtype != self.found.dtype or found.model != self.found.model:
                 raise RunFailure(f"vllm: a server came back with dtype {found.dtype} and model {found.model}")
             self._push = WeightPush(self.client, found, self._config, route=self._route)
+        except Unreachable as error:
+            raise ServersLost(f"vllm: a server went again as soon as it had come: {error}") from error
         except UserError as error:
             raise RunFailure(f"vllm: a server came back that does not fit: {error}") from error
         self.found = found
@@ -149,9 +155,12 @@ class Fleet:
 
     async def _check(self, clients: Clients, server: Server, version: int | None) -> None:
         state = await self._state(clients, server)
-        if state.get("version") != version or state.get("torn"):
-            has = "weights cut off while they were loaded" if state.get("torn") else shown(state.get("version"))
-            raise ServerChanged(server.url, f"has version {has}, not {version}")
+        if state.get("torn"):
+            raise ServerChanged(server.url, "has weights that were cut off while they were loaded")
+        if state.get("version") != version:
+            raise ServerChanged(server.url, f"has version {shown(state.get('version'))}, not {version}")
+        if state.get("owner") != self._owner:
+            raise ServerChanged(server.url, f"has version {version} of another run")
         if not state["instance"]:
             raise ServerChanged(server.url, "is being given other weights")
         server.instance = state["instance"]

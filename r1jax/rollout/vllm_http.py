@@ -10,7 +10,7 @@ import httpx
 
 from r1jax.config.errors import shown
 
-FailureKind = Literal["timeout", "connection", "status", "malformed", "stale", "refused"]
+FailureKind = Literal["timeout", "connection", "status", "malformed", "stale", "refused", "silent"]
 INSTANCE_HEADER = "x-r1jax-instance"
 MOST_BYTES = 1 << 28
 """Of an answer: a broken server must not fill the memory. 256 MiB are ten million tokens with log-probabilities."""

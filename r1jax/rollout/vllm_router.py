@@ -84,7 +84,10 @@ async def _routing(client: VllmClient, clients: Clients) -> AsyncIterator["_Rout
     finally:
         for pulse in pulses:
             pulse.cancel()
-        await asyncio.gather(*pulses, return_exceptions=True)
+        ended = await asyncio.gather(*pulses, return_exceptions=True)
+    for mistake in ended:
+        if isinstance(mistake, Exception):
+            raise mistake
 
 
 class _Router:
@@ -161,7 +164,7 @@ class _Router:
             if answer.done():
                 return answer.result()
             times, seconds = self._limits.missed_pulses, self._limits.pulse_seconds
-            raise Failure("timeout", server.url, f"no sign of life, asked {times} times for {seconds:g} s each")
+            raise Failure("silent", server.url, f"no sign of life, asked {times} times for {seconds:g} s each")
         finally:
             await _ended(answer, silence)
 

@@ -93,15 +93,18 @@ class WeightPush:
             raise (ServersLost if gone else RunFailure)(text)
         return time.perf_counter() - start
 
-    def load(self, version: int) -> tuple[float, float, float]:
-        """Seconds of prepare, apply and reset, after which all servers have this version; raises as `send`."""
+    def load(self, version: int, owner: str) -> tuple[float, float, float]:
+        """Seconds of prepare, apply and reset, after which all servers have this version; raises as `send`.
+
+        owner: the run's name, which servers give with the version.
+        """
         times = []
         steps = (self._prepare, self._apply, self._reset)
 
         async def work(clients: Clients) -> None:
             for step in steps:
                 start = time.perf_counter()
-                await step(clients, version)
+                await step(clients, version, owner)
                 times.append(time.perf_counter() - start)
 
         try:
@@ -135,15 +138,16 @@ class WeightPush:
             if folder is None:
                 yield UploadSink(server.url, self._client.key, self._name, size, self._client.limits.control_seconds)
 
-    async def _prepare(self, clients: Clients, version: int) -> None:
-        await clients.each(lambda server: clients.rpc(server, "r1jax_prepare", self._name, version))
+    async def _prepare(self, clients: Clients, version: int, owner: str) -> None:
+        await clients.each(lambda server: clients.rpc(server, "r1jax_prepare", self._name, version, owner))
 
-    async def _apply(self, clients: Clients, version: int) -> None:
+    async def _apply(self, clients: Clients, version: int, owner: str) -> None:
+        del owner
         await clients.each(lambda server: clients.rpc(server, "r1jax_apply", version))
 
-    async def _reset(self, clients: Clients, version: int) -> None:
+    async def _reset(self, clients: Clients, version: int, owner: str) -> None:
         """Keys and values of the old weights must go: without it a cached prompt was off by 2e-2 [vLLM 0.32]."""
-        del version
+        del version, owner
         await clients.each(lambda server: _reset_cache(clients, server))
 
 

@@ -50,6 +50,7 @@ class WeightSync:
         weights = self._r1jax_loaded()
         return {
             "version": weights.version,
+            "owner": weights.owner,
             "torn": weights.torn,
             "sync_dir": weights.folder,
             "vllm": cpu_linear.vllm_version(),
@@ -72,12 +73,12 @@ class WeightSync:
             return {"sha256": hashlib.sha256(file.read()).hexdigest()}
 
     @_answers
-    def r1jax_prepare(self, name: str, version: int) -> dict[str, Any]:
+    def r1jax_prepare(self, name: str, version: int, owner: str = "") -> dict[str, Any]:
         """The first phase: the file is looked at, and nothing changes."""
         weights = self._r1jax_loaded()
         if packed := cpu_linear.packed_layers(weights.model):
             raise Refused(f"vllm: need layers that read their weights, got {packed[0]}, which packed them at the start")
-        return weights.prepare(name, int(version))
+        return weights.prepare(name, int(version), str(owner))
 
     @_answers
     def r1jax_apply(self, version: int) -> dict[str, Any]:

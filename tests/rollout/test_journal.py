@@ -30,7 +30,7 @@ def test_a_sample_comes_back_to_the_last_bit(tmp_path):
     awkward = [-TINY.smallest_subnormal, -TINY.tiny, TINY.min, -0.0, 0.0, -1 / 3, np.nextafter(np.float32(-1), 0)]
     written = entry(logprobs=awkward, finish_reason="length")
     Journal(tmp_path / "journal").append(5, [written])
-    found = Journal(tmp_path / "journal").taken(5, NOW)
+    found = Journal(tmp_path / "journal").taken(5, {NOW})
     assert found.keys() == {"r0"}
     one, other = found["r0"], written.sample
     assert (one.finish_reason, one.version) == ("length", 4)
@@ -44,7 +44,7 @@ def test_many_bits_come_back(tmp_path):
     finite = bits[np.isfinite(bits)]
     journal = Journal(tmp_path)
     journal.append(0, [entry(logprobs=finite.tolist())])
-    assert journal.taken(0, NOW)["r0"].logprobs.tobytes() == finite.tobytes()
+    assert journal.taken(0, {NOW})["r0"].logprobs.tobytes() == finite.tobytes()
 
 
 def test_generations_and_appends_stand_side_by_side(tmp_path):
@@ -52,16 +52,16 @@ def test_generations_and_appends_stand_side_by_side(tmp_path):
     journal.append(5, [entry("a"), entry("b")])
     journal.append(5, [entry("c")])
     journal.append(55, [entry("d")])
-    assert journal.taken(5, NOW).keys() == {"a", "b", "c"} and journal.taken(55, NOW).keys() == {"d"}
-    assert journal.taken(6, NOW) == {}
+    assert journal.taken(5, {NOW}).keys() == {"a", "b", "c"} and journal.taken(55, {NOW}).keys() == {"d"}
+    assert journal.taken(6, {NOW}) == {}
 
 
 def test_samples_of_other_weights_are_not_taken_unless_vouched_for(tmp_path):
     """The same update with other bits, and the same bits by another update, are other weights too."""
     strangers = [EARLIER, Label(NOW.version, EARLIER.weights), Label(EARLIER.version, NOW.weights)]
     Journal(tmp_path).append(1, [entry(f"r{n}", label) for n, label in enumerate([NOW, *strangers])])
-    assert Journal(tmp_path).taken(1, NOW).keys() == {"r0"}
-    both = Journal(tmp_path, vouched=EARLIER).taken(1, NOW)
+    assert Journal(tmp_path).taken(1, {NOW}).keys() == {"r0"}
+    both = Journal(tmp_path, vouched=EARLIER).taken(1, {NOW})
     assert {request: sample.version for request, sample in both.items()} == {"r0": 4, "r1": 3}
 
 
@@ -75,7 +75,7 @@ def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path, rest, caplog):
     cut = whole[: len(whole) + rest] if rest < 0 else whole[:rest]
     path.write_bytes(whole + cut.replace(b'"a"', b'"b"'))
     journal.append(5, [entry("c")])
-    assert Journal(tmp_path).taken(5, NOW).keys() == ({"a", "b", "c"} if rest == -1 else {"a", "c"})
+    assert Journal(tmp_path).taken(5, {NOW}).keys() == ({"a", "b", "c"} if rest == -1 else {"a", "c"})
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == ["journal: a line of 5-0.jsonl was cut off; its sample is drawn again"] * (rest != -1)
 
@@ -99,7 +99,7 @@ def test_a_line_that_is_damaged_is_drawn_again(tmp_path, old, new):
     assert damaged != path.read_bytes()
     path.write_bytes(damaged)
     journal.append(5, [entry("c")])
-    assert journal.taken(5, NOW).keys() == {"c"}
+    assert journal.taken(5, {NOW}).keys() == {"c"}
 
 
 def test_what_other_processes_have_written_is_read(tmp_path):
@@ -107,7 +107,7 @@ def test_what_other_processes_have_written_is_read(tmp_path):
     for process in range(3):
         Journal(tmp_path, process).append(5, [entry(f"r{process}")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["5-0.jsonl", "5-1.jsonl", "5-2.jsonl"]
-    assert Journal(tmp_path, 9).taken(5, NOW).keys() == {"r0", "r1", "r2"}
+    assert Journal(tmp_path, 9).taken(5, {NOW}).keys() == {"r0", "r1", "r2"}
 
 
 def test_old_generations_are_removed(tmp_path):
@@ -125,7 +125,7 @@ def test_old_generations_are_removed(tmp_path):
 
 def test_a_folder_that_nobody_has_made_yet_holds_nothing(tmp_path):
     journal = Journal(tmp_path / "journal")
-    assert journal.taken(0, NOW) == {}
+    assert journal.taken(0, {NOW}) == {}
     journal.discard_before(3)
     journal.discard()
     assert not (tmp_path / "journal").exists()
@@ -145,4 +145,4 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_rest_stays(tmp_path):
     line = f"output_dir: need a disk that takes {tmp_path}/5-0.jsonl, got an error (File too large); make room"
     assert str(failed.value).startswith(line)
     journal.append(5, [entry("c")])
-    assert journal.taken(5, NOW).keys() == {"a", "c"}
+    assert journal.taken(5, {NOW}).keys() == {"a", "c"}

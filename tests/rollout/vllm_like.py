@@ -15,6 +15,7 @@ class VllmLike:
     folder: Path
     """Where weights are left for it."""
     version: int | None = None
+    owner: str = ""
     dtype: str = "float32"
     sizes: dict[str, int] = dataclasses.field(
         default_factory=lambda: {"vocab_size": 40, "hidden_size": 32, "num_layers": 2}
@@ -40,12 +41,20 @@ class VllmLike:
 
     def _called(self, method: str, *args: Any) -> dict[str, Any]:
         if method == "r1jax_state":
-            about = {"version": self.version, "torn": False, "sync_dir": str(self.folder), "vllm": "0.0"}
+            about = {
+                "version": self.version,
+                "owner": self.owner,
+                "torn": False,
+                "sync_dir": str(self.folder),
+                "vllm": "0.0",
+            }
             more = {"dtype": self.dtype, "logprobs_mode": "processed_logprobs", "max_model_len": 64}
             return {"ok": True, **about, **more, **self.sizes}
         if method == "r1jax_digest":
             return {"ok": True, "sha256": hashlib.sha256((self.folder / args[0]).read_bytes()).hexdigest()}
         self.calls.append(method)
+        if method == "r1jax_prepare":
+            self.owner = args[2]
         if method == "r1jax_apply":
             self.version = args[0]
         return {"ok": True}
