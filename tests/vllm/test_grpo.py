@@ -58,7 +58,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 def completions(folder: Path) -> dict[str, np.ndarray]:
     """The columns of all completions."""
     tables = [pq.read_table(path) for path in sorted((folder / "out" / "completions").glob("*.parquet"))]
-    names = ("completion_tokens", "truncated", "reasoning_steps_by_line")
+    names = ("completion_tokens", "truncated", "reasoning_steps_by_line_reward")
     return {name: np.concatenate([np.asarray(table[name], float) for table in tables]) for name in names}
 
 
