@@ -98,9 +98,10 @@ class Bench:
         return start(self.host.world, name, self.proxy.url, key_file, **changes)
 
     def note(self, fault: str, run: Run) -> None:
-        said = [line.strip() for line in run.log.read_text().splitlines() if "vllm:" in line]
-        last = said[-1] if said else ""
-        self.report.append(f"{fault}: exit {run.process.returncode}, {run.seconds:.0f} s; {last[:300]}")
+        """What is shown at the end: the run's last line where it failed, its first warning where it did not."""
+        warnings = [line.partition("WARNING")[2].strip() for line in run.log.read_text().splitlines()]
+        line = run.last_line if run.process.returncode else next(filter(None, warnings), "no warning")
+        self.report.append(f"{fault}: exit {run.process.returncode}, {run.seconds:.0f} s; {line.strip()}")
 
 
 @pytest.fixture
