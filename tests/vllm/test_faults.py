@@ -415,4 +415,6 @@ def test_a_killed_trainer_neither_loses_nor_reuses_a_sample(bench: Bench, depth:
     assert max(row["sampling/staleness/max"] for row in rows) == depth
     assert len(bench.proxy.drawn()) == SAMPLES and set(bench.proxy.drawn().values()) == {1}
     assert second.total("replayed") >= accepted - 3 * PROMPTS * GROUP
+    # What the killed one has left in the servers' memory is gone too.
+    assert list(bench.host.sync_dir.iterdir()) == []
     bench.note(f"trainer killed in {moment}, depth {depth}", second)
