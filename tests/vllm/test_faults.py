@@ -268,7 +268,7 @@ def test_a_server_that_only_talks_garbage_ends_the_run_which_can_go_on(bench: Be
 
 def test_another_model_behind_the_address_ends_the_run_which_can_go_on(bench: Bench):
     bench.proxy.rule = at_group(7, bench.host.kill, bench.proxy)
-    run = bench.start("other", max_steps=STEPS)
+    run = bench.start("replaced", max_steps=STEPS)
     run.until("waiting up to")
     bench.host.up("other")
     run.end()
@@ -276,7 +276,7 @@ def test_another_model_behind_the_address_ends_the_run_which_can_go_on(bench: Be
     stopped(run, "came back that does not fit: vllm_server_base_url: need num_layers 2", 3)
     bench.note("another model", run)
     bench.host.up()
-    again(bench, "other")
+    again(bench, "replaced")
 
 
 @pytest.mark.parametrize("phase", ["prepare", "apply"])
@@ -334,9 +334,9 @@ def test_a_full_disk_during_a_sync_ends_the_run_which_can_go_on(bench: Bench, ro
         bench.proxy.rule = rule
         run = bench.start("disk-" + route, max_steps=STEPS)
         run.end()
-        said = "No space left on device" if route == "file" else "the upload was answered 507"
-        stopped(run, said, 4)
-        assert "weights of step 4 did not reach every server" in run.last_line
+        where = str(bench.host.sync_dir) if route == "file" else "the upload was answered 507"
+        stopped(run, f"weights of step 4 did not reach every server: {where}", 4)
+        assert "No space left on device" in run.last_line
         assert list(bench.host.sync_dir.iterdir()) == []
     bench.note(f"disk full, {route}", run)
     again(bench, "disk-" + route)
