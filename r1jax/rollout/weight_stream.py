@@ -91,8 +91,12 @@ class FileSink:
     def write(self, data: bytes | memoryview) -> None:
         """Takes the next bytes."""
         view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            # The system names no file here, and whoever makes room must know where.
+            raise OSError(error.errno, error.strerror, self._path) from error
 
     def finish(self) -> None:
         """Renames."""

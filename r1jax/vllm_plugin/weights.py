@@ -5,6 +5,7 @@ that the model was started from; nothing has changed when it refuses. `Weights.a
 loading itself fail, the weights are a mixture: they are called torn until the next apply succeeds.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -34,6 +35,8 @@ class Weights:
         self.torn = False
         self._expected = expected_shapes(model_folder, tied)
         self._prepared: tuple[str, int, str, tuple[int, ...]] | None = None
+        self._loaded: str | None = None
+        """The file of the weights last applied."""
 
     def prepare(self, name: str, version: int, owner: str = "") -> dict[str, Any]:
         """What was found, all of it as it should be; raises `Refused` otherwise."""
@@ -68,6 +71,11 @@ class Weights:
         if loaded is not None and missed:
             raise Refused(f"weights: need every parameter loaded, got none for {min(missed)}; vLLM renamed it")
         self.torn, self.version, self.owner = False, version, owner
+        if self._loaded not in (None, path):
+            # Of a run before this one: had it been killed, nobody else would give the memory back.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._loaded)
+        self._loaded = path
         return {"tensors": len(self._expected)}
 
 

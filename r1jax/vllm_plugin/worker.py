@@ -28,8 +28,8 @@ def _answers(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
         start = time.perf_counter()
         try:
             found = {"ok": True, **method(self, *args)}
-        # RuntimeError is torch's for a shape and for memory that ran out.
-        except (Refused, OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        # RuntimeError is torch's for a shape and for memory that ran out, MemoryError is safetensors'.
+        except (Refused, OSError, SafetensorError, ValueError, KeyError, RuntimeError, MemoryError) as error:
             found = {"ok": False, "error": f"{error}" or type(error).__name__}
         return {**found, "seconds": time.perf_counter() - start}
 
