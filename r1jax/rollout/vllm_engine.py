@@ -102,9 +102,12 @@ class VllmEngine:
         `ResumableFailure` where they do not come back, weights do not arrive, or are not those that answer.
         """
         self.version = None
-        # What was accepted before they were lost is as good as what other servers' samples of that time are.
-        self._earlier = self.label if lost else None
-        self.label = Label(version, fingerprint(params)) if self._journal is not None else None
+        label = Label(version, fingerprint(params)) if self._journal is not None else None
+        if not lost or label != self.label:
+            # What was accepted before they were lost, however often, is as good as what other servers' samples of that
+            # time are.
+            self._earlier = self.label if lost else None
+        self.label = label
         try:
             self._sync(params, version, lost)
         except RunFailure as failure:

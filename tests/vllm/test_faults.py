@@ -1,10 +1,6 @@
-"""What goes wrong with a real server, and what a run makes of it: it recovers, or stops with one line and can go on.
-
-Each run is of six steps on two prompts with four samples each; generation g is drawn by groups 2g and 2g + 1.
-"""
+"""What goes wrong with a real server, and what a run makes of it: it recovers, or stops with one line and can go on."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import resource
@@ -18,62 +14,12 @@ from typing import Any
 
 import pytest
 
+from tests.vllm.bench import SAMPLES, STEPS, Bench, Host, again, at_group, stopped, trained
 from tests.vllm.proxy import GROUP as GROUPS
-from tests.vllm.proxy import Asked, Change, Proxy, Rule, proxying
-from tests.vllm.server import Server, family, serving
-from tests.vllm.small import GROUP, PROMPTS, Run, start, write_world
+from tests.vllm.proxy import Asked, Change, proxying
+from tests.vllm.small import GROUP, PROMPTS, Run, write_world
 
 pytestmark = pytest.mark.vllm
-STEPS = 6
-SAMPLES = STEPS * PROMPTS * GROUP
-
-
-@dataclasses.dataclass
-class Host:
-    """A server that can be killed, stopped and started again at the same address."""
-
-    world: Path
-    port: int | None = None
-    server: Server | None = None
-    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
-
-    @property
-    def sync_dir(self) -> Path:
-        return self.world / "sync"
-
-    def up(self, model: str = "model") -> Server:
-        """The running server, started unless it runs."""
-        if self.server is None:
-            folder = self.world / "server"
-            folder.mkdir(exist_ok=True)
-            self.sync_dir.mkdir(mode=0o700, exist_ok=True)
-            options = ("--max-model-len", "256", "--sync_dir", str(self.sync_dir))
-            self.server = self.held.enter_context(serving(self.world / model, folder, *options, port=self.port))
-            self.port = int(self.server.url.rpartition(":")[2])
-        return self.server
-
-    def pids(self) -> set[int]:
-        return family(self.up().process.pid)
-
-    def pid(self, name: str) -> int:
-        """Of the process that calls itself so."""
-        named = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in self.pids()}
-        return next(pid for pid, found in named.items() if name.startswith(found) or found.startswith(name))
-
-    def signal(self, number: int, pids: set[int] | None = None) -> None:
-        for pid in pids or self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def kill(self) -> None:
-        """kill -9 of all its processes."""
-        self.signal(signal.SIGKILL)
-        self.up().process.wait()
-        self.down()
-
-    def down(self) -> None:
-        self.held.close()
-        self.server = None
 
 
 @pytest.fixture(scope="module")
@@ -85,86 +31,26 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         made.down()
 
 
-@dataclasses.dataclass
-class Bench:
-    """A server with a proxy before it, and runs that use them."""
-
-    host: Host
-    proxy: Proxy
-    report: list[str]
-
-    def start(self, name: str, **changes: Any) -> Run:
-        key_file = self.host.up().key_file
-        return start(self.host.world, name, self.proxy.url, key_file, **changes)
-
-    def note(self, fault: str, run: Run) -> None:
-        """What is shown at the end: the run's last line where it failed, its first warning where it did not."""
-        warnings = [line.partition("WARNING")[2].strip() for line in run.log.read_text().splitlines()]
-        line = run.last_line if run.process.returncode else next(filter(None, warnings), "no warning")
-        self.report.append(f"{fault}: exit {run.process.returncode}, {run.seconds:.0f} s; {line.strip()}")
-
-
 @pytest.fixture
 def bench(host: Host, report: list[str]) -> Iterator[Bench]:
     with proxying(host.up().url) as proxy:
         yield Bench(host, proxy, report)
 
 
-def at_group(number: int, then: Callable[[], Change | None], proxy: Proxy | None = None) -> Rule:
-    """Does something once, before the request for that group is passed on; with a proxy, when those before it are
-    answered."""
-
-    def rule(asked: Asked) -> Change | None:
-        if asked.kind != GROUPS or asked.number != number:
-            return None
-        while proxy is not None and len(proxy.drawn()) < number * GROUP:
-            time.sleep(0.01)
-        return then()
-
-    return rule
-
-
-def trained(run: Run) -> None:
-    """The run has done all its steps on samples of its own weights, each sample once."""
-    text = run.log.read_text()
-    assert run.process.returncode == 0, text[-3000:]
-    rows = run.rows()
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert max(abs(row["mismatch_kl"]) for row in rows) < 1e-5
-    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-3
-    assert not run.journal()  # it is removed when the run is done
-
-
-def stopped(run: Run, words: str, at: int) -> None:
-    """The run has ended with one line that has these words, and a checkpoint of all that it had done."""
-    text = run.log.read_text()
-    assert run.process.returncode == 1, text[-3000:]
-    assert "Traceback" not in text, text[-3000:]
-    assert words in run.last_line, text[-3000:]
-    assert run.checkpoints[-1] == at
-
-
-def test_a_killed_server_that_comes_back_is_given_the_weights_again(bench: Bench):
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_killed_server_that_comes_back_is_given_the_weights_again(bench: Bench, depth: int):
     """kill -9 of all its processes while generation 3 is drawn; what was accepted of it is not asked for again."""
-    asked: list[int] = []
-
-    def kill() -> None:
-        bench.host.kill()
-        asked.append(len(bench.proxy.drawn()))
-
-    bench.proxy.rule = at_group(7, kill, bench.proxy)
-    run = bench.start("killed", max_steps=STEPS)
+    bench.proxy.rule = at_group(7, bench.host.kill, bench.proxy)
+    run = bench.start(f"killed-{depth}", max_steps=STEPS, rollout_async_depth=depth)
     run.until("waiting up to")
-    drawn = bench.proxy.drawn()
-    assert set(run.journal().values()) == {1} and sum(run.journal().values()) == GROUP + 3 * PROMPTS * GROUP
+    assert set(run.journal().values()) == {1} and sum(run.journal().values()) == 7 * GROUP
     bench.host.up()
     run.end()
-    trained(run)
+    trained(run, depth)
     assert run.total("recoveries") >= 1 and run.total("connection") >= 1
     assert run.total("replayed") == GROUP
-    assert bench.proxy.drawn() & drawn == drawn
     assert len(bench.proxy.drawn()) == SAMPLES and set(bench.proxy.drawn().values()) == {1}
-    bench.note("killed and started again", run)
+    bench.note(f"killed and started again, depth {depth}", run)
 
 
 def test_a_server_that_stood_still_for_a_while_goes_on(bench: Bench):
@@ -199,17 +85,6 @@ def test_a_server_that_is_frozen_for_good_ends_the_run_which_can_go_on(bench: Be
     stopped(run, f"no server came back within 15 s (vllm_server_timeout): {bench.proxy.url}", 3)
     bench.note(f"frozen for good ({part})", run)
     again(bench, name)
-
-
-def again(bench: Bench, name: str) -> Run:
-    """The same command with a healthy server, which finishes the run and draws no sample twice."""
-    before, bench.proxy.rule = len(bench.proxy.drawn()), None
-    run = bench.start(name, max_steps=STEPS)
-    run.end()
-    trained(run)
-    assert run.logged("resuming from step")
-    assert len(bench.proxy.drawn()) == SAMPLES and before < SAMPLES
-    return run
 
 
 def test_an_answer_that_takes_too_long_is_asked_for_again(bench: Bench):
@@ -410,13 +285,8 @@ def test_a_killed_trainer_neither_loses_nor_reuses_a_sample(bench: Bench, depth:
     bench.proxy.rule = None
     second = bench.start(name, max_steps=STEPS, rollout_async_depth=depth)
     second.end()
-    if depth == 0:
-        trained(second)
-    assert second.process.returncode == 0, second.log.read_text()[-3000:]
-    rows = untimed(second.rows())
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert rows[: len(first)] == first
-    assert max(row["sampling/staleness/max"] for row in rows) == depth
+    trained(second, depth)
+    assert untimed(second.rows())[: len(first)] == first
     assert len(bench.proxy.drawn()) == SAMPLES and set(bench.proxy.drawn().values()) == {1}
     assert second.total("replayed") >= accepted - 3 * PROMPTS * GROUP
     # What the killed one has left in the servers' memory is gone too.
