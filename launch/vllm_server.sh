@@ -40,6 +40,9 @@ while [ $# -gt 0 ]; do
       printf -v "${name#--}" %s "${1#*=}"
       shift
       ;;
+    --api-server-count | --api-server-count=* | --api_server_count | --api_server_count=*)
+      fail "api-server-count: need one server process, which counts changes of its weights, got $1; start several servers instead"
+      ;;
     *)
       rest+=("$1")
       shift

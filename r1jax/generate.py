@@ -39,6 +39,7 @@ from r1jax.rollout.vllm_checks import Expected, check_servers, probe_prompt
 from r1jax.rollout.vllm_client import VllmClient, check_urls
 from r1jax.rollout.vllm_engine import completion_of
 from r1jax.rollout.vllm_key import read_key
+from r1jax.rollout.vllm_router import draw_samples
 
 logger = logging.getLogger("r1jax.generate")
 
@@ -188,7 +189,7 @@ def _serve(model: Model, args: argparse.Namespace, settings: SamplingSettings, p
     about = {"model": served, "vocab_size": model.config.vocab_size, "num_generations": args.num_generations}
 
     def draw(part: Prompts, rows: range) -> list[list[Completion]]:
-        drawn = client.sample(part, rows, settings, step=None, **about)
+        drawn = draw_samples(client, part, rows, settings, step=None, **about)
         return [[completion_of(one) for one in group] for group in drawn]
 
     return draw

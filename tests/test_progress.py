@@ -1,3 +1,7 @@
+import threading
+
+import pytest
+
 from r1jax import progress
 
 
@@ -14,3 +18,24 @@ def test_a_run_begins_without_the_steps_of_another():
     progress.report("update", 3)
     progress.begin()
     assert (progress.here().phase, progress.here().step) == ("start", None)
+
+
+def reported(phase: str) -> str:
+    """What is known after another thread has reported this."""
+    thread = threading.Thread(target=progress.report, args=(phase,))
+    thread.start()
+    thread.join()
+    return progress.here().phase
+
+
+def test_other_threads_are_heard_while_they_are_waited_for():
+    """Otherwise a thread that goes on drawing would hide that the main one stands still."""
+    progress.report("update")
+    assert reported("rollout of a thread") == "update"
+    with progress.waiting("waiting"):
+        assert progress.here().phase == "waiting"
+        assert reported("rollout of a thread") == "rollout of a thread"
+    assert reported("another") == "rollout of a thread"
+    with pytest.raises(KeyError), progress.waiting("waiting"):
+        raise KeyError
+    assert reported("another") == "waiting"

@@ -55,3 +55,7 @@ def _as_json(value: object) -> str:
 
 class RunFailure(RuntimeError):
     """A run cannot go on through nobody's typing: a non-finite loss, memory that ran out; one line, exit code 1."""
+
+
+class ResumableFailure(RunFailure):
+    """A `RunFailure` that all processes raise at the same place, with the training state whole: it is saved first."""

@@ -237,6 +237,8 @@ def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
         return "rollout_engine is jax: no vLLM server is used"
     if name in ("vllm_server_host", "vllm_server_port") and chosen["vllm_server_base_url"] is not None:
         return "vllm_server_base_url is given"
+    if name == "vllm_importance_sampling_cap" and not chosen["vllm_importance_sampling_correction"]:
+        return "vllm_importance_sampling_correction is false"
     if name in ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"):
         return f"the server is given it: launch/vllm_server.sh MODEL_DIR --{name[5:].replace('_', '-')}"
     return None

@@ -29,6 +29,15 @@ class VllmConfig:
     vllm_server_timeout: float = 240.0
     """Seconds to wait for the server to come up."""
 
+    vllm_request_timeout: float | None = None
+    """Seconds until one request for completions must be answered; null: 600, or 0.1 a token where that is more."""
+
+    vllm_verify_steps: int | None = None
+    """Compare the server's log-probabilities with the trainer's again every so many steps; null: when it is needed."""
+
+    rollout_async_depth: int = 0
+    """Generations drawn ahead while the trainer trains, with older weights: 0 (none) or 1."""
+
     vllm_gpu_memory_utilization: float = 0.3
     """Part of the device's memory that a colocated server may take; 0 < x <= 1."""
 
@@ -38,14 +47,34 @@ class VllmConfig:
     vllm_guided_decoding_regex: str | None = None
     """Regular expression that completions must match; null means free text."""
 
+    vllm_importance_sampling_correction: bool = True
+    """Weigh each token by its probability to the trainer over that to the server, which compute it differently."""
+
+    vllm_importance_sampling_cap: float = 2.0
+    """Upper bound of that weight; at least 1."""
+
     def __post_init__(self) -> None:
         port = self.vllm_server_port
         require(1 <= port <= 65535, "vllm_server_port", "1 <= x <= 65535", port, "8000 is the default")
         timeout = self.vllm_server_timeout
         require(timeout > 0, "vllm_server_timeout", "x > 0", timeout, "it is a number of seconds")
+        seconds = self.vllm_request_timeout
+        require(seconds is None or seconds > 0, "vllm_request_timeout", "x > 0", seconds, "it is a number of seconds")
+        at_least("vllm_verify_steps", self.vllm_verify_steps, 1, "1 compares after each push; null when it is needed")
+        depth = self.rollout_async_depth
+        require(depth in (0, 1), "rollout_async_depth", "0 or 1", depth, "1 draws the next generation meanwhile")
         part = self.vllm_gpu_memory_utilization
         require(0 < part <= 1, "vllm_gpu_memory_utilization", "0 < x <= 1", part, "it is a part of the memory")
         at_least("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size, 1, "1 means one device")
+        # TRL takes any number; below 1 every token on which trainer and server agree would be cut too.
+        advice = "2 is usual; vllm_importance_sampling_correction: false is for no weights"
+        at_least("vllm_importance_sampling_cap", self.vllm_importance_sampling_cap, 1, advice)
+
+    @property
+    def importance_cap(self) -> float | None:
+        """The bound of the weights; None without them: what the embedded engine computes is the trainer's own."""
+        corrected = self.rollout_engine == "vllm" and self.vllm_importance_sampling_correction
+        return self.vllm_importance_sampling_cap if corrected else None
 
     @property
     def server_urls(self) -> tuple[str, ...]:

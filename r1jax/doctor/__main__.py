@@ -1,6 +1,6 @@
 """Looks at this machine, and at the others of a run, and says what to change before training.
 
-    python -m r1jax.doctor [--output_dir DIR] [--json]
+    python -m r1jax.doctor [--output_dir DIR] [--vllm_python PATH] [--json]
 
 With the variables of several processes (docs/launch.md) it is started on all of them, as a run is: each says which
 devices it has, and the first prints the table: all that it found, and of the others what is not well. The exit code
@@ -8,6 +8,7 @@ is 1 when anything is bad. It writes 64 MiB into --output_dir and into the cache
 """
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from r1jax.doctor.folders import check_folder
 from r1jax.doctor.machine import check_machine
 from r1jax.doctor.nvidia import check_nvidia
 from r1jax.doctor.versions import check_versions
+from r1jax.doctor.vllm import check_vllm
 from r1jax.experience.exchange import all_gathered
 from r1jax.sharding.processes import leave
 
@@ -44,7 +46,7 @@ def _examine(argv: list[str]) -> int:
     cache = Path(os.environ.get(VARIABLE) or "~/.cache/r1jax").expanduser()
     runtime.configure("bfloat16")
     findings = processes.check_environment(os.environ)
-    for check in ALONE:
+    for check in (*ALONE, functools.partial(check_vllm, args.vllm_python)):
         findings += check()
     for name, folder in {**folders, VARIABLE: cache}.items():
         findings += check_folder(name, folder)
@@ -100,6 +102,9 @@ def _show(console: Console, findings: list[Finding], json: bool) -> int:
 def _parser() -> commands.ArgumentParser:
     parser = commands.ArgumentParser(prog="python -m r1jax.doctor", description=__doc__ or "")
     parser.add_argument("--output_dir", help="a run's folder, to see whether it can hold checkpoints")
+    parser.add_argument(
+        "--vllm_python", help="the interpreter with vLLM (default: $PYTHON, .venv-vllm/bin/python, or this one)"
+    )
     parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     return parser
 

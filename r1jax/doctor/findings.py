@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
 
+from rich.markup import escape
 from rich.table import Table
 
 T = TypeVar("T")
@@ -70,8 +71,10 @@ def as_table(findings: Sequence[Finding]) -> Table:
     for column in (*(["where"] if several else []), "check", "found", "verdict", "what to change"):
         table.add_column(column, overflow="fold")
     for one in findings:
-        cells = [one.check, one.found, f"[{_STYLES[one.verdict]}]{one.verdict}[/]", one.advice]
-        table.add_row(*([one.where] if several else []), *cells)
+        # Brackets of an extra (r1jax[cuda12]) or of somebody's error are not markup.
+        where, check, found, advice = (escape(text) for text in (one.where, one.check, one.found, one.advice))
+        verdict = f"[{_STYLES[one.verdict]}]{one.verdict}[/]"
+        table.add_row(*([where] if several else []), check, found, verdict, advice)
     return table
 
 

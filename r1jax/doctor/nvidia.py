@@ -16,8 +16,12 @@ _SMI_SECONDS = 20
 
 def check_nvidia() -> list[Finding]:
     """The driver, the plugin, and what of them does not fit."""
-    plugins = {major: version for major in OLDEST_DRIVER if (version := version_of(f"jax-cuda{major}-plugin"))}
-    return judge_nvidia(find_driver(), plugins, version_of("jaxlib") or "")
+    return judge_nvidia(find_driver(), find_plugins(), version_of("jaxlib") or "")
+
+
+def find_plugins() -> dict[int, str]:
+    """The versions of JAX's CUDA plugins that are installed, by CUDA's major version."""
+    return {major: version for major in OLDEST_DRIVER if (version := version_of(f"jax-cuda{major}-plugin"))}
 
 
 def judge_nvidia(driver: str | None, plugins: Mapping[int, str], jaxlib: str) -> list[Finding]:

@@ -5,8 +5,9 @@ what follows is computed by each and equal everywhere.
 """
 
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +16,20 @@ from transformers import PreTrainedTokenizerBase
 
 from r1jax import progress
 from r1jax.batch import Rollout
+from r1jax.config.errors import ResumableFailure
 from r1jax.data.prompts import Prompts
+from r1jax.experience.drawing import Drawing, Drawn, Request
 from r1jax.experience.exchange import all_gathered
 from r1jax.objectives.advantages import Scaling, combine, group_advantages
 from r1jax.rewards.grading import Graders, Scores
 from r1jax.rollout.engine import RolloutEngine
+from r1jax.rollout.vllm_client import ServersLost
+
+logger = logging.getLogger(__name__)
+Params = Any
+
+_MOST_LOSSES = 3
+"""Of the servers while one request is answered; so often they were there again, and not for long."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +46,7 @@ class Experience:
     advantages: np.ndarray
     """float64 [N]."""
     counts: Mapping[str, float]
-    """What went wrong with the graders, over all processes, by the names of metrics."""
+    """What went wrong with graders and servers, over all processes, by the names of metrics."""
     seconds: Mapping[str, float]
     """The slowest process's time, by phase."""
 
@@ -57,28 +67,69 @@ class Collector:
     reward_weights: tuple[float, ...] | None
     scaling: Scaling
 
-    def collect(
-        self, prompts: Prompts, indices: Sequence[int], group_size: int, *, step: int, log_of: Mapping[str, Any]
-    ) -> Experience:
-        """group_size completions of each prompt of `prompts` at `indices`, sampled by what the engine last synced.
+    def collect(self, request: Request, params: Params, version: int) -> Experience:
+        """The completions of a request, sampled by these weights, which update `version` has written."""
+        self.sync(params, version)
+        return self.taken(self._begin(request, background=False), params, version)
 
-        step: of the random numbers; log_of: what reward functions are told as trainer_state.
+    def sync(self, params: Params, version: int) -> None:
+        """Gives the weights to who samples, unless it has them; every process must call it."""
+        if self.engine.version != version:
+            progress.report("sync of weights")
+            self.engine.sync(params, version)
+
+    def begin(self, request: Request) -> Drawing:
+        """The request, being answered in the background by the weights that were synced last."""
+        return self._begin(request, background=True)
+
+    def taken(self, drawing: Drawing, params: Params, version: int) -> Experience:
+        """What was drawn, in all processes; every process must call it.
+
+        Where servers were lost, they are waited for and given these weights, and the rest is asked for again. Raises
+        `ResumableFailure` where that does not help.
         """
-        mine = np.array_split(np.asarray(indices), jax.process_count())[jax.process_index()].tolist()
-        rollouts, rollout_seconds = _timed(lambda: self._sample(prompts, mine, group_size, step))
-        progress.report("rewards")
-        scores = self._score(prompts, rollouts, log_of)
+        drawing.wait()
         progress.report("exchange of rollouts")
-        parts = all_gathered((rollouts, scores.values, dict(scores.counts), rollout_seconds, scores.seconds))
+        for losses in range(_MOST_LOSSES + 1):
+            failures = [failure for failure in all_gathered(_told(drawing)) if failure is not None]
+            if not failures:
+                return self._exchanged(drawing)
+            text, may_come_back = min(failures, key=lambda failure: failure[1])
+            if not may_come_back or losses == _MOST_LOSSES:
+                raise ResumableFailure(text)
+            logger.warning("%s", text)
+            self.engine.sync(params, version, lost=True)
+            drawing.again()
+            progress.report("exchange of rollouts")
+        raise AssertionError("the loop returns or raises")
+
+    def _begin(self, request: Request, *, background: bool) -> Drawing:
+        return Drawing(request, self._drawn, background=background)
+
+    def _drawn(self, request: Request) -> Drawn:
+        """This process's share, sampled and scored."""
+        mine = np.array_split(np.asarray(request.indices), jax.process_count())[jax.process_index()].tolist()
+        start = time.perf_counter()
+        rollouts = self._sample(request.prompts, mine, request.group_size, request.step)
+        seconds = time.perf_counter() - start
+        progress.report("rewards")
+        scores = self._score(request.prompts, rollouts, request.log_of)
+        return Drawn(rollouts=rollouts, scores=scores, seconds=seconds)
+
+    def _exchanged(self, drawing: Drawing) -> Experience:
+        """The shares of all processes, compared within their groups."""
+        mine, size = drawing.drawn, drawing.request.group_size
+        counts = {**mine.scores.counts, **self.engine.counts()}
+        parts = all_gathered((mine.rollouts, mine.scores.values, counts, mine.seconds, mine.scores.seconds))
         values = np.concatenate([part[1] for part in parts])
         rewards = combine(values, self.reward_weights)
         return Experience(
             rollouts=tuple(rollout for part in parts for rollout in part[0]),
-            group_size=group_size,
+            group_size=size,
             reward_names=self.reward_names,
             values=values,
             rewards=rewards,
-            advantages=group_advantages(rewards, group_size, self.scaling),
+            advantages=group_advantages(rewards, size, self.scaling),
             counts={name: sum(part[2][name] for part in parts) for name in parts[0][2]},
             seconds={"rollout": max(part[3] for part in parts), "rewards": max(part[4] for part in parts)},
         )
@@ -106,6 +157,7 @@ class Collector:
         )
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return work(), time.perf_counter() - start
+def _told(drawing: Drawing) -> tuple[str, bool] | None:
+    """(why this process has nothing, whether that may pass); None where it has its share."""
+    failure = drawing.failure
+    return None if failure is None else (str(failure), isinstance(failure, ServersLost))

@@ -1,4 +1,11 @@
-"""The batch of every step: new experience where a generation begins, what is kept of it in between."""
+"""The batch of every step: new experience where a generation begins, what is kept of it in between.
+
+    depth 0    sync, draw generation g, train on it; sync, draw g + 1, ...
+    depth 1    take g, sync, begin to draw g + 1, train on g meanwhile; take g + 1, ...
+
+With depth 1 a completion is drawn with the weights of the generation before, never with older ones: no request is
+admitted earlier, and none is thrown away.
+"""
 
 import dataclasses
 import time
@@ -14,9 +21,12 @@ from r1jax.batch import PackedBatch, Rollout
 from r1jax.data.prompts import Prompts
 from r1jax.experience.batches import Geometry, StepLayout, build_step, lay_out_step
 from r1jax.experience.collect import Collector, Experience
+from r1jax.experience.drawing import Drawing, Request
+from r1jax.experience.exchange import all_gathered
 from r1jax.experience.plan import GenerationPlan
 from r1jax.experience.report import experience_metrics
 from r1jax.objectives.reductions import Weigh
+from r1jax.rollout.journal import Label
 from r1jax.sharding.placement import local_rows, to_devices
 
 Params = Any
@@ -85,8 +95,15 @@ class Generations:
     """Gives the parameters of the reference; None without a KL term."""
     observe: Observe
     """Told of each new generation."""
+    depth: int = 0
+    """Generations that are drawn ahead of the one that is trained on: 0 or 1."""
     kept: dict[int, Ready] = dataclasses.field(default_factory=dict)
     """Batches by the step that uses them, from the present generation."""
+
+    drawing: Drawing | None = None
+    """The next generation, where it is drawn ahead."""
+    ahead: Label | None = None
+    """The weights that it is drawn with: a checkpoint must know them, for a run that goes on in its middle."""
 
     def ready(self, step: int, params: Params) -> tuple[Ready, dict[str, float]]:
         """(what step `step` trains on, the metrics of its generation if it is the first of one)."""
@@ -95,26 +112,63 @@ class Generations:
         metrics = self._generate(step, params)
         return self.kept.pop(step), metrics
 
+    def settle(self) -> None:
+        """Returns when nothing is being drawn, in any process; whoever gives the engine other weights waits for it."""
+        if self.drawing is not None:
+            self.drawing.wait()
+            all_gathered(None)
+
+    def close(self) -> None:
+        """Gives up what is being drawn; its accepted samples are in the journal."""
+        if self.drawing is not None:
+            self.collector.engine.close()
+            self.drawing.leave()
+            self.drawing = None
+
     def _generate(self, step: int, params: Params) -> dict[str, float]:
         clock = _Clock()
         jax.block_until_ready(params)
         clock.lap("time/update")  # what the last update still took when the host had nothing else to do
-        progress.report("sync of weights")
-        self.collector.engine.sync(params, step)
-        clock.lap("time/sync")
         generation = self.plan.step(step)[0]
-        about = {"global_step": step, "max_steps": self.plan.num_steps}
-        indices = self.plan.prompts(generation).tolist()
-        size = self.plan.num_generations
-        experience = self.collector.collect(self.prompts, indices, size, step=generation, log_of=about)
-        clock.lap("time/collect")
-        metrics = experience_metrics(experience)
+        experience = self._taken(generation, step, params, clock)
+        if self.depth and (generation + 1) * self.plan.steps_per_generation < self.plan.num_steps:
+            self.collector.sync(params, step)
+            clock.lap("time/sync")
+            self.drawing = self.collector.begin(self._request(generation + 1))
+            self.ahead = self.collector.engine.label
+        metrics = {**experience_metrics(experience), **_staleness(experience, step)}
         self.observe(step, experience, metrics)
         first = generation * self.plan.steps_per_generation
         self._prepare(experience, range(first, first + self.plan.steps_per_generation), params)
         clock.lap("time/prepare")
         times = {f"time/{phase}": seconds for phase, seconds in experience.seconds.items()}
-        return {**metrics, **times, **{name: clock.laps[name] for name in ("time/update", "time/sync", "time/prepare")}}
+        return {**metrics, **times, **{name: seconds for name, seconds in clock.laps.items() if name != "time/collect"}}
+
+    def _taken(self, generation: int, step: int, params: Params, clock: "_Clock") -> Experience:
+        """The generation, drawn ahead or now."""
+        drawing, self.drawing = self.drawing, None
+        if drawing is not None:
+            experience = self.collector.taken(drawing, params, step)
+            clock.lap("time/rollout_wait")
+            return experience
+        self.collector.sync(params, step)
+        clock.lap("time/sync")
+        experience = self.collector.collect(self._request(generation), params, step)
+        clock.lap("time/collect")
+        return experience
+
+    def _request(self, generation: int) -> Request:
+        """What a generation is; whether it is drawn ahead, or again after a kill, makes no difference."""
+        return Request(
+            prompts=self.prompts,
+            indices=self.plan.prompts(generation).tolist(),
+            group_size=self.plan.num_generations,
+            step=generation,
+            log_of={
+                "global_step": generation * self.plan.steps_per_generation,
+                "max_steps": self.plan.num_steps,
+            },
+        )
 
     def _prepare(self, experience: Experience, steps: range, params: Params) -> None:
         """Fills `kept` for the steps of a generation; passes over the same completions share a batch."""
@@ -141,8 +195,18 @@ class Generations:
         return batch
 
 
+def _staleness(experience: Experience, step: int) -> dict[str, float]:
+    """How many updates lie between the weights that wrote a completion and those that it is first trained with."""
+    versions = np.asarray([min(span.version for span in rollout.versions) for rollout in experience.rollouts])
+    return {
+        "sampling/weight_version": float(versions.min()),
+        "sampling/staleness/mean": float((step - versions).mean()),
+        "sampling/staleness/max": float((step - versions).max()),
+    }
+
+
 class _Clock:
-    """Wall time from one lap to the next."""
+    """Wall time from one lap to the next; laps of one name are added up."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -150,4 +214,4 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name], self._last = self.laps.get(name, 0.0) + now - self._last, now

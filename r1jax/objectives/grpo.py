@@ -15,8 +15,10 @@ from jaxtyping import Array, Float
 
 from r1jax.batch import PackedBatch
 from r1jax.config.grpo import GrpoConfig
+from r1jax.config.vllm import VllmConfig
 from r1jax.models.config import DecoderConfig
 from r1jax.models.transformer import Constrain, RematPolicy, forward, output_kernel, prepare, unconstrained
+from r1jax.objectives.correction import correct, correction_metrics
 from r1jax.objectives.cross_entropy import default_chunk, token_logprobs_and_entropy
 from r1jax.objectives.policy_gradient import clipped_surrogate, is_clipped, k3_divergence, sequence_mean
 from r1jax.objectives.sft import Loss, shifted
@@ -35,9 +37,11 @@ class Surrogate:
     beta: float = 0.0
     level: Literal["token", "sequence"] = "token"
     """What the probability ratio is of: each token, or a whole completion's mean (GSPO, Zheng et al. 2025)."""
+    importance_cap: float | None = None
+    """Most that a token weighs for being likelier to the trainer than to the sampler; None: all weigh the same."""
 
 
-def make_surrogate(config: GrpoConfig) -> Surrogate:
+def make_surrogate(config: GrpoConfig, vllm: VllmConfig) -> Surrogate:
     """The one that the keys ask for; epsilon_high is epsilon where it is not given."""
     return Surrogate(
         epsilon=config.epsilon,
@@ -45,6 +49,7 @@ def make_surrogate(config: GrpoConfig) -> Surrogate:
         delta=config.delta,
         beta=config.beta,
         level=config.importance_sampling_level,
+        importance_cap=vllm.importance_cap,
     )
 
 
@@ -84,12 +89,14 @@ def _at_their_token(x: Float[Array, "B T"]) -> Float[Array, "B T"]:
 
 
 def make_policy_loss(statistics: Statistics, surrogate: Surrogate) -> Loss:
-    """The sum over tokens of loss_weight * (clipped surrogate + beta * KL estimate).
+    """The sum over tokens of loss_weight * (importance * clipped surrogate + beta * KL estimate).
 
     The ratio is exp(log-probability - old log-probability); where a batch has no old_logprobs it is that to the policy
-    itself: 1, with the gradient of the log-probability. sums (float32, over trained tokens): loss_tokens, kl, entropy,
-    clipped_low, clipped_high, mismatch (k3 of trainer against sampler), logp_difference (absolute, to the sampler);
-    extremes over micro-batches end in _min and _max.
+    itself: 1, with the gradient of the log-probability. importance is a constant that corrects each token, at either
+    level, from the sampler to the old policy; 1 where the surrogate has no cap for it. As in TRL the KL term goes
+    without. sums (float32, over trained tokens): loss_tokens, kl, entropy, clipped_low, clipped_high, mismatch (k3 of
+    trainer against sampler), logp_difference (absolute, to the sampler), importance; extremes over micro-batches end in
+    _min and _max.
     """
 
     def loss(params: Any, batch: PackedBatch) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -104,6 +111,9 @@ def make_policy_loss(statistics: Statistics, surrogate: Surrogate) -> Loss:
         bounds = (surrogate.epsilon, surrogate.epsilon_high)
         per_token = clipped_surrogate(ratio, advantages, *bounds, surrogate.delta)
         sums = _sums(mask, entropy, is_clipped(ratio, advantages, *bounds), old, batch)
+        if surrogate.importance_cap is not None:
+            importance, told = correct(_from_sampler(old, batch), mask, surrogate.importance_cap)
+            per_token, sums = per_token * importance, {**sums, **told}
         if surrogate.beta:
             divergence = jnp.where(batch.loss_mask == 1, k3_divergence(jnp.asarray(batch.ref_logprobs) - logprobs), 0.0)
             per_token = per_token + surrogate.beta * divergence
@@ -111,6 +121,11 @@ def make_policy_loss(statistics: Statistics, surrogate: Surrogate) -> Loss:
         return jnp.sum(batch.loss_weight * per_token), sums
 
     return loss
+
+
+def _from_sampler(old: Float[Array, "B T"], batch: PackedBatch) -> Float[Array, "B T"]:
+    """The trainer's log-probability minus the sampler's, of trained tokens."""
+    return jnp.where(batch.loss_mask == 1, jax.lax.stop_gradient(old) - jnp.asarray(batch.sampler_logprobs), 0.0)
 
 
 def _sums(
@@ -122,7 +137,7 @@ def _sums(
 ) -> dict[str, Array]:
     low, high = (jnp.sum(mask * part.astype(jnp.float32)) for part in clipped)
     tokens = jnp.sum(mask)
-    difference = jnp.where(batch.loss_mask == 1, jax.lax.stop_gradient(old) - jnp.asarray(batch.sampler_logprobs), 0.0)
+    difference = _from_sampler(old, batch)
     any_token = jnp.maximum(tokens, 1.0)
     return {
         "loss_tokens": tokens,
@@ -164,4 +179,5 @@ def policy_metrics(sums: Mapping[str, float], steps: int) -> dict[str, float]:
         "mismatch_kl": sums["mismatch"] / tokens,
         "sampling/sampling_logp_difference/mean": sums["logp_difference"] / tokens,
         "sampling/sampling_logp_difference/max": max(sums["logp_difference_max"], 0.0),
+        **correction_metrics(sums, tokens),
     }

@@ -44,6 +44,16 @@ def k3_divergence(log_ratio: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.expm1(log_ratio) - log_ratio
 
 
+def truncated_importance(log_ratio: Float[Array, "B T"], cap: float) -> Float[Array, "B T"]:
+    """min(p / q, cap) with log_ratio = log p - log q of a token drawn from q, without a gradient: truncated importance
+    sampling (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025).
+
+    A mean over q of what it multiplies is one over p, but for what the cap takes away to bound the variance.
+    """
+    # exp of what lies beyond would be 0 or infinite in the end; both are far outside of any use.
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.clip(log_ratio, -20.0, 20.0)), cap))
+
+
 def sequence_mean(
     values: Float[Array, "B T"],
     mask: Int[Array, "B T"] | Float[Array, "B T"],

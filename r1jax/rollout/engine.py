@@ -10,18 +10,35 @@ from r1jax.batch import Rollout, Turn, VersionSpan
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import DecodeParams
 from r1jax.models.parameters import Params
+from r1jax.rollout.journal import Label
 from r1jax.rollout.sampler import Completion, Sampler, check_prompt
 from r1jax.rollout.settings import SamplingSettings
 from r1jax.rollout.slots import room_on
 from r1jax.rollout.weights import WeightSync
+
+EVALUATION = 2**30
+"""From this step on random numbers are evaluation's: it draws others than training."""
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Draws completions with the weights that it was given last."""
 
-    def sync(self, params: Params, version: int) -> None:
-        """Takes over the trainer's parameters (stacked, float32, on its mesh), written by optimizer step `version`."""
+    @property
+    def version(self) -> int | None:
+        """The optimizer step that wrote the weights it has; None: it has none."""
+        ...
+
+    @property
+    def label(self) -> Label | None:
+        """What a journal of samples calls these weights; None where no journal is kept."""
+        ...
+
+    def sync(self, params: Params, version: int, *, lost: bool = False) -> None:
+        """Takes over the trainer's parameters (stacked, float32, on its mesh), written by optimizer step `version`.
+
+        lost: who samples is known to have gone, and is waited for first.
+        """
         ...
 
     def generate(
@@ -37,6 +54,10 @@ class RolloutEngine(Protocol):
 
         A rollout's random numbers follow from the seed, the step, its prompt id and its number among the prompt's.
         """
+        ...
+
+    def counts(self) -> dict[str, float]:
+        """What went wrong in this process since the last call, by the names of metrics."""
         ...
 
     def close(self) -> None:
@@ -62,12 +83,14 @@ class EmbeddedEngine:
         self._weights = WeightSync(config, mesh, dtype)
         self._room = room_on(self._weights.mesh, config, dtype)
         self._params: DecodeParams | None = None
-        self._version = 0
+        self.version: int | None = None
+        self.label: Label | None = None
 
-    def sync(self, params: Params, version: int) -> None:
-        """Takes over the trainer's parameters; every process must call it."""
+    def sync(self, params: Params, version: int, *, lost: bool = False) -> None:
+        """Takes over the trainer's parameters; every process must call it. Nothing here is ever lost."""
+        del lost
         self._params = None  # the old ones go before the new ones come
-        self._params, self._version = self._weights(params), version
+        self._params, self.version = self._weights(params), version
 
     def generate(
         self,
@@ -82,7 +105,7 @@ class EmbeddedEngine:
 
         Raises `UserError` for a prompt that the model cannot take or that leaves no room for a completion.
         """
-        assert self._params is not None, "sync comes before generate"
+        assert self._params is not None and self.version is not None, "sync comes before generate"
         settings = settings or self._settings
         for row, prompt in enumerate(prompts):
             name = f"prompt {prompt_ids[row]}"
@@ -97,17 +120,24 @@ class EmbeddedEngine:
             batch_size=self._max_slots or self._room.slots(max(map(len, prompts), default=1), settings.max_new_tokens),
         )
         return [
-            [as_rollout(prompt, one, prompt_id, sample, self._version) for sample, one in enumerate(completions)]
+            [as_rollout(prompt, one, prompt_id, sample, self.version) for sample, one in enumerate(completions)]
             for prompt, prompt_id, completions in zip(prompts, prompt_ids, drawn, strict=True)
         ]
 
+    def counts(self) -> dict[str, float]:
+        """Nothing: what goes wrong here ends the run."""
+        return {}
+
     def close(self) -> None:
         """Lets go of the weights."""
-        self._params = None
+        self._params = self.version = None
 
 
-def as_rollout(prompt: Sequence[int], completion: Completion, prompt_id: int, sample: int, version: int) -> Rollout:
-    """The completion behind its prompt, as one turn."""
+def as_rollout(
+    prompt: Sequence[int], completion: Completion, prompt_id: int, sample: int, version: int | None
+) -> Rollout:
+    """The completion behind its prompt, as one turn, written by the weights of one version."""
+    assert version is not None
     start, stop = len(prompt), len(prompt) + len(completion.token_ids)
 
     def behind_prompt(numbers: np.ndarray) -> np.ndarray:

@@ -19,6 +19,10 @@ START_LINE = "start it with launch/vllm_server.sh MODEL_DIR"
 _PROBE_TEMPERATURE = 0.5
 
 
+class Unreachable(UserError):
+    """A server that does not answer, whatever it would say."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expected:
     """What the trainer, or the user, needs of a server."""
@@ -35,6 +39,8 @@ class Expected:
     """What the user calls the servers' addresses."""
     length_field: str = "max_completion_length"
     """What the user calls the longest completion."""
+    pushed: bool = False
+    """Whether weights are pushed before anything is drawn: those that are there do not matter then."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ def check_servers(client: VllmClient, expected: Expected, *, start_seconds: floa
     for key in ("dtype", "vllm"):
         if len(values := {state[key] for _, state in found}) > 1:
             raise need(expected.field, f"servers of one {key}", ", ".join(sorted(values)), "start them alike")
-    for server, (_, state) in zip(client.servers, found, strict=True):
+    for server, (_, state) in zip(client.in_use, found, strict=True):
         server.instance = state["instance"]
     return Found(model=names.pop(), states=tuple(state for _, state in found))
 
@@ -89,7 +95,7 @@ def _named(failure: Failure, field: str) -> UserError:
     if "answered 401" in failure.what or "answered 403" in failure.what:
         advice = "set R1JAX_VLLM_KEY to the key that the server was started with"
         return need("R1JAX_VLLM_KEY", f"the key of {failure.url}", "another one", advice)
-    return need(field, "a server that answers", str(failure), f"see its log; {START_LINE}")
+    return Unreachable(str(need(field, "a server that answers", str(failure), f"see its log; {START_LINE}")))
 
 
 async def _until_up(clients: Clients, server: Server, field: str, seconds: float) -> None:
@@ -102,7 +108,7 @@ async def _until_up(clients: Clients, server: Server, field: str, seconds: float
         except Failure as failure:
             if time.monotonic() + 1 > deadline:
                 got = f"none from {failure} in {seconds:g} s"
-                raise need(field, "an answer to /health", got, START_LINE) from failure
+                raise Unreachable(str(need(field, "an answer to /health", got, START_LINE))) from failure
         await asyncio.sleep(1)
 
 
@@ -142,7 +148,7 @@ def _check_state(server: Server, state: dict[str, Any], expected: Expected) -> N
     if type(room) is not int or room < expected.longest:
         rule = f"room for {expected.longest} tokens (prompt and {expected.length_field}) at {server.url}"
         raise need(field, rule, f"--max-model-len {room}", f"start it with --max-model-len {expected.longest} or more")
-    if state.get("torn"):
+    if state.get("torn") and not expected.pushed:
         raise need(field, f"whole weights at {server.url}", "a push that was cut off", "start the server again")
 
 

@@ -1,4 +1,4 @@
-"""Samples from one or several vLLM servers: requests go where least is under way, and what fails is asked again.
+"""Samples from one or several vLLM servers, and calls to them: plain functions outside, asyncio inside.
 
 A sample is known by (step, prompt id, number). Its request is one at a time, the connection of a try that was given up
 is closed before the next try, and one answer is taken: nothing is counted twice. Everything ends within a time.
@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -17,18 +16,17 @@ import httpx
 
 from r1jax.config.errors import RunFailure, need
 from r1jax.rollout import vllm_http
-from r1jax.rollout.settings import SamplingSettings
 from r1jax.rollout.vllm_http import Failure
-from r1jax.rollout.vllm_requests import Malformed, Piece, Sample, body_of, pieces_of, samples_of
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-_REST_SECONDS = 2.0
-"""A server that failed gets no new request for so long while another one can take it."""
-_LONGEST_PAUSE = 8.0
 
 
-class ServerChanged(RunFailure):
+class ServersLost(RunFailure):
+    """No server gives what is asked for at present: it is down, frozen, or talks nonsense. It may come back."""
+
+
+class ServerChanged(ServersLost):
     """A server answered that has not the weights it was given: it was started again, or somebody else pushed."""
 
     def __init__(self, url: str, what: str) -> None:
@@ -51,6 +49,10 @@ class Limits:
     """Samples asked of one server at a time by this process."""
     first_pause: float = 0.5
     """Seconds before the second try; doubles each time."""
+    pulse_seconds: float = 10.0
+    """While requests are under way a server is asked so often for a sign of life, and has as long to give it."""
+    missed_pulses: int = 3
+    """So many in a row, and its requests are given up: a server that is frozen keeps its connections open."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,10 +60,14 @@ class Server:
     """One server as this process knows it."""
 
     url: str
+    turn: int
+    """Among equally loaded servers the one with the lowest is asked first."""
     instance: str | None = None
-    """The process that has the weights; None: nobody has looked yet."""
+    """The process that has the weights and how often they had changed, by its answers; None: nobody has looked yet."""
     in_flight: int = 0
     resting_until: float = 0.0
+    absent: bool = False
+    """Left out, as it did not come back when the others did."""
 
 
 class VllmClient:
@@ -70,52 +76,42 @@ class VllmClient:
     def __init__(self, urls: Sequence[str], key: str, *, limits: Limits | None = None, first_server: int = 0) -> None:
         """first_server: where equally loaded servers are asked first, another one for each trainer process."""
         assert urls, "a client of no server"
-        start = first_server % len(urls)
-        self.servers = [Server(url=url.rstrip("/")) for url in (*urls[start:], *urls[:start])]
+        self.servers = [
+            Server(url=url.rstrip("/"), turn=(place - first_server) % len(urls)) for place, url in enumerate(urls)
+        ]
         self.key, self.limits = key, limits or Limits()
         self.counts: collections.Counter[str] = collections.Counter()
-        """Failures so far by kind, and `retries`."""
+        """Failures so far by kind, `retries`, and `recoveries` (servers looked at and pushed to again)."""
+        self._closed = False
+        self._running: tuple[asyncio.AbstractEventLoop, Any] | None = None
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        prompt_ids: Sequence[int],
-        settings: SamplingSettings,
-        *,
-        num_generations: int,
-        step: int | None,
-        model: str,
-        vocab_size: int,
-        version: int | None = None,
-    ) -> list[list[Sample]]:
-        """Each prompt's samples, in the prompts' order; version: the one that all servers have.
-
-        Raises `RunFailure` for a sample that could not be had, and `ServerChanged` where the weights are not known.
-        """
-        # Whole groups, so that a prompt is read once; pieces of them where servers would have nothing to do.
-        size = num_generations if len(prompts) >= len(self.servers) else -(-num_generations // len(self.servers))
-        pieces = pieces_of(prompts, prompt_ids, num_generations, step, min(size, self.limits.in_flight))
-
-        async def draw(clients: "Clients") -> list[list[Sample]]:
-            def parse(content: Any, piece: Piece) -> list[Sample]:
-                return samples_of(content, piece, settings, vocab_size=vocab_size, version=version)
-
-            router = _Router(self, clients)
-            asked = [router.ask(piece, body_of(piece, settings, model), parse) for piece in pieces]
-            return await all_or_none(asked)
-
-        drawn = iter(self.run(draw))
-        per_prompt = -(-num_generations // min(size, self.limits.in_flight))
-        return [[one for _ in range(per_prompt) for one in next(drawn)] for _ in prompts]
+    @property
+    def in_use(self) -> list[Server]:
+        """The servers that are not left out."""
+        return [server for server in self.servers if not server.absent]
 
     def run(self, work: Callable[["Clients"], Coroutine[Any, Any, Result]]) -> Result:
         """The result of `work` with connections to the servers, which are closed when it ends."""
 
         async def inside() -> Result:
-            async with self._connected() as clients:
-                return await work(clients)
+            self._running = (asyncio.get_running_loop(), asyncio.current_task())
+            try:
+                if self._closed:
+                    raise asyncio.CancelledError("the client was closed")
+                async with self._connected() as clients:
+                    return await work(clients)
+            finally:
+                self._running = None
 
         return asyncio.run(inside())
+
+    def close(self) -> None:
+        """Ends the call that another thread is in, and every later one, by `asyncio.CancelledError` there."""
+        self._closed = True
+        if (running := self._running) is not None:
+            loop, task = running
+            with contextlib.suppress(RuntimeError):  # the loop has just closed
+                loop.call_soon_threadsafe(task.cancel)
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator["Clients"]:
@@ -139,9 +135,10 @@ class Clients:
         seconds = self.owner.limits.control_seconds if seconds is None else seconds
         return await vllm_http.call(self._of[server.url], server.url, path, body, seconds, plain=plain)
 
-    async def rpc(self, server: Server, method: str, *args: Any) -> dict[str, Any]:
-        """What the first worker's method answers; raises `Failure` where any worker refuses."""
-        seconds = self.owner.limits.control_seconds
+    async def rpc(self, server: Server, method: str, *args: Any, seconds: float | None = None) -> dict[str, Any]:
+        """What the first worker's method answers, and the `instance` that answered; raises `Failure` where any worker
+        refuses."""
+        seconds = self.owner.limits.control_seconds if seconds is None else seconds
         body = {"method": method, "args": list(args), "timeout": seconds}
         answer = await self.call(server, "/collective_rpc", body, seconds)
         results = answer.content.get("results") if isinstance(answer.content, dict) else None
@@ -150,81 +147,11 @@ class Clients:
         for one in results:
             if not one.get("ok"):
                 raise Failure("refused", server.url, f"{method}: {one.get('error')}")
-        return results[0]
+        return {**results[0], "instance": answer.instance}
 
     async def each(self, work: Callable[[Server], Awaitable[Result]]) -> list[Result]:
-        """The results of all servers, in their order; the first failure ends the others."""
-        return await all_or_none([work(server) for server in self.owner.servers])
-
-
-class _Router:
-    """Which server gets which request, for one call of `VllmClient.sample`."""
-
-    def __init__(self, client: VllmClient, clients: Clients) -> None:
-        self._client, self._clients, self._limits = client, clients, client.limits
-        self._changed = asyncio.Condition()
-
-    async def ask(
-        self, piece: Piece, body: dict[str, Any], parse: Callable[[Any, Piece], list[Sample]]
-    ) -> list[Sample]:
-        """The piece's samples; raises `RunFailure` when all tries have failed."""
-        last: Failure | None = None
-        for attempt in range(self._limits.num_retries + 1):
-            if attempt:
-                self._client.counts["retries"] += 1
-                await asyncio.sleep(min(self._limits.first_pause * 2 ** (attempt - 1), _LONGEST_PAUSE))
-            async with self._place(piece.count) as server:
-                try:
-                    return await self._try(server, piece, body, parse)
-                except Failure as failure:
-                    self._note(server, failure)
-                    last = failure
-            if last.kind == "refused":
-                break
-            if last.kind == "stale":
-                raise ServerChanged(server.url, last.what)
-        raise RunFailure(
-            f"vllm: no answer for prompt {piece.prompt_id} at step {piece.step}, samples {piece.first} to "
-            f"{piece.first + piece.count - 1}, in {attempt + 1} tries; the last: {last}"
-        )
-
-    async def _try(
-        self, server: Server, piece: Piece, body: dict[str, Any], parse: Callable[[Any, Piece], list[Sample]]
-    ) -> list[Sample]:
-        answer = await self._clients.call(server, "/v1/completions", body, self._limits.request_seconds)
-        if server.instance is not None and answer.instance != server.instance:
-            raise Failure("stale", server.url, "was started again since it got its weights")
-        try:
-            return parse(answer.content, piece)
-        except Malformed as error:
-            raise Failure("malformed", server.url, f"/v1/completions: {error}") from error
-
-    @contextlib.asynccontextmanager
-    async def _place(self, count: int) -> AsyncIterator[Server]:
-        """A server with room, the least loaded one that is not resting; waits for one."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._free(count) is not None)
-            server = self._free(count)
-            assert server is not None
-            server.in_flight += count
-        try:
-            yield server
-        finally:
-            server.in_flight -= count
-            async with self._changed:
-                self._changed.notify_all()
-
-    def _free(self, count: int) -> Server | None:
-        now = time.monotonic()
-        awake = [server for server in self._client.servers if server.resting_until <= now]
-        server = min(awake or self._client.servers, key=lambda one: one.in_flight)
-        # One piece is always let in, however large it is.
-        return server if not server.in_flight or server.in_flight + count <= self._limits.in_flight else None
-
-    def _note(self, server: Server, failure: Failure) -> None:
-        self._client.counts[failure.kind] += 1
-        server.resting_until = time.monotonic() + _REST_SECONDS
-        logger.warning("vllm: %s (%s)", failure, failure.kind)
+        """The results of all servers in use, in their order; the first failure ends the others."""
+        return await all_or_none([work(server) for server in self.owner.in_use])
 
 
 async def all_or_none(work: Sequence[Awaitable[Result]]) -> list[Result]:

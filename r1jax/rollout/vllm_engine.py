@@ -1,43 +1,50 @@
 """The `RolloutEngine` whose samples come from vLLM servers, with the trainer's weights pushed to them.
 
     sync      gather -> file or upload -> prepare -> apply -> reset the prefix cache (-> compare a probe)
-    generate  are the weights still ours? -> requests -> are they still? -> Rollouts
+    generate  are the weights still ours? -> journal -> requests for the rest -> are they still? -> Rollouts
 
 Every trainer process has one, for its own prompts. The first process pushes; all of them take part in the gathering.
 """
 
-import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from r1jax.batch import Rollout
-from r1jax.config.errors import RunFailure, need, shown
+from r1jax.config.errors import ResumableFailure, RunFailure, need
 from r1jax.models.config import DecoderConfig
+from r1jax.models.fingerprint import fingerprint
 from r1jax.models.parameters import Params
 from r1jax.rollout.distribution import reshapes, switches
-from r1jax.rollout.engine import as_rollout
+from r1jax.rollout.engine import EVALUATION, as_rollout
+from r1jax.rollout.journal import Entry, Journal, Label
 from r1jax.rollout.sampler import Completion, check_prompt
 from r1jax.rollout.settings import SamplingSettings
-from r1jax.rollout.vllm_checks import Expected, check_servers
-from r1jax.rollout.vllm_client import Clients, Server, ServerChanged, VllmClient
-from r1jax.rollout.vllm_http import Failure
-from r1jax.rollout.vllm_requests import Malformed, Piece, Sample, body_of, samples_of
-from r1jax.rollout.weight_push import PushTimes, Route, WeightPush
+from r1jax.rollout.vllm_checks import Expected
+from r1jax.rollout.vllm_client import ServersLost, VllmClient
+from r1jax.rollout.vllm_fleet import Fleet
+from r1jax.rollout.vllm_probe import PROBE_TOKENS, Probe, compare, tolerance
+from r1jax.rollout.vllm_requests import Piece, Sample, group_seed, request_digest
+from r1jax.rollout.vllm_router import draw_samples
+from r1jax.rollout.weight_push import PushTimes, Route
 
 logger = logging.getLogger(__name__)
 
-Probe = Callable[[Params, np.ndarray, float], np.ndarray]
-"""(the trainer's parameters, int32 [T] tokens, temperature) -> float32 [T], each token's log-probability after those
-before it, at the temperature. Every process calls it with the same tokens."""
-
-PROBE_TOKENS = 16
-LARGEST_MEAN_DIFFERENCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
-"""Of the probe's log-probabilities. SmolLM2-135M in float32: 1e-6 with the right weights, 0.3 with packed old ones."""
+MOST_RECOVERIES = 3
+"""In a row, of one sync: servers that are lost as often as they come back are nothing to train with."""
+COUNTED = (
+    "timeout",
+    "silent",
+    "connection",
+    "status",
+    "malformed",
+    "stale",
+    "refused",
+    "retries",
+    "recoveries",
+    "replayed",
+)
 
 
 class VllmEngine:
@@ -55,8 +62,11 @@ class VllmEngine:
         longest_prompt: int,
         start_seconds: float = 240.0,
         route: Route = "auto",
+        journal: Journal | None = None,
+        compare_every: int | None = None,
     ) -> None:
-        """dtype: that the trainer computes in. longest_prompt: in tokens.
+        """dtype: that the trainer computes in; longest_prompt: in tokens; compare_every: versions, None for no more
+        than are needed.
 
         Raises `UserError` for servers, or settings, that training could not trust.
         """
@@ -68,56 +78,48 @@ class VllmEngine:
             longest=max(longest_prompt + settings.max_new_tokens, len(self._probe_prompt) + PROBE_TOKENS),
             stop_ids=tuple(settings.stop_ids),
             probe=self._probe_prompt,
+            pushed=True,
         )
-        self._found = check_servers(client, expected, start_seconds=start_seconds)
-        self._push = WeightPush(client, self._found, config, route=route)
-        self._tolerance = max(LARGEST_MEAN_DIFFERENCE[dtype], LARGEST_MEAN_DIFFERENCE[self._found.dtype])
-        if self._found.dtype != dtype:
-            logger.warning("vllm: the servers compute in %s, the trainer in %s", self._found.dtype, dtype)
-        self._version: int | None = None
-        self._compare_next = True
+        self._fleet = Fleet(client, expected, config, start_seconds=start_seconds, route=route)
+        if self._fleet.found.dtype != dtype:
+            logger.warning("vllm: the servers compute in %s, the trainer in %s", self._fleet.found.dtype, dtype)
+        self._dtype, self._journal, self._compare_every = dtype, journal, compare_every
+        self._compared: int | None = None
+        self._told: dict[str, int] = {}
+        self.version: int | None = None
+        self.label: Label | None = None
+        """Of the weights that the servers have, where there is a journal."""
+        self._earlier: Label | None = None
+        """Of the weights before them, where servers were lost in the middle of a generation."""
         self.push_times: PushTimes | None = None
         """Of the last sync; None in processes that do not push."""
 
-    def sync(self, params: Params, version: int) -> None:
+    def sync(self, params: Params, version: int, *, lost: bool = False) -> None:
         """Gives the servers the trainer's parameters; every process must call it.
 
-        The first time, and after `compare_next`, the servers' log-probabilities of a probe must be the trainer's.
-        Raises `RunFailure` where weights do not arrive, or are not those that answer.
+        The first time, every compare_every versions, and when servers were lost, their log-probabilities of a probe
+        must be the trainer's. Servers that are gone are waited for, at once where it is known (lost). Raises
+        `ResumableFailure` where they do not come back, weights do not arrive, or are not those that answer.
         """
-        self._version = None
-        writes = jax.process_index() == 0
-        _in_step(lambda: self._send(params, version, writes=writes), every=True)
-        self._version = version
-        if self._compare_next:
-            self.compare(params)
-            self._compare_next = False
-
-    def compare_next(self) -> None:
-        """Makes the next sync compare."""
-        self._compare_next = True
+        self.version = None
+        label = Label(version, fingerprint(params)) if self._journal is not None else None
+        if not lost or label != self.label:
+            # What was accepted before they were lost, however often, is as good as what other servers' samples of that
+            # time are.
+            self._earlier = self.label if lost else None
+        self.label = label
+        try:
+            self._sync(params, version, lost)
+        except RunFailure as failure:
+            raise ResumableFailure(str(failure)) from failure
+        self.version = version
 
     def compare(self, params: Params) -> float:
         """The largest mean difference between a server's log-probabilities of a probe and the trainer's.
 
         Every process must call it. Raises `RunFailure` where it is more than rounding.
         """
-        temperature = self._settings.temperature or 1.0
-        drawn = np.zeros((len(self._client.servers), PROBE_TOKENS, 2), np.float64)
-        drawn = _from_first(lambda: self._drawn_probes(temperature), drawn)
-        largest = 0.0
-        for server, one in zip(self._client.servers, drawn, strict=True):
-            tokens = np.concatenate([np.array(self._probe_prompt, np.int32), one[:, 0].astype(np.int32)])
-            ours = np.asarray(self._probe(params, tokens, temperature))[-PROBE_TOKENS:]
-            difference = float(np.abs(ours - one[:, 1]).mean())
-            if not difference <= self._tolerance:
-                raise RunFailure(
-                    f"vllm: {server.url} has not the weights of step {self._version}: its log-probabilities of a probe "
-                    f"are {difference:.1e} off on average, rounding explains {self._tolerance:.0e}"
-                )
-            largest = max(largest, difference)
-        logger.info("vllm: log-probabilities of a probe differ from the trainer's by %.1e on average", largest)
-        return largest
+        return self._compare(params, self.version)
 
     def generate(
         self,
@@ -128,94 +130,129 @@ class VllmEngine:
         step: int,
         settings: SamplingSettings | None = None,
     ) -> list[list[Rollout]]:
-        """Each prompt's rollouts, in the prompts' order.
+        """Each prompt's rollouts, in the prompts' order; those that the journal has are not drawn again.
 
-        Raises `UserError` for a prompt that leaves no room, `RunFailure` for samples that could not be had, and
-        `ServerChanged` where a server has lost the weights: none of its samples is returned then.
+        Raises `UserError` for a prompt that leaves no room, `ServersLost` for samples that could not be had at present
+        (what was accepted is in the journal: the next call asks for the rest), and `RunFailure` for refused ones.
         """
-        assert self._version is not None, "sync comes before generate"
+        assert self.version is not None, "sync comes before generate"
         settings = settings or self._settings
         _refuse_reshaped(settings, self._config)
         for row, prompt in enumerate(prompts):
             name = f"prompt {prompt_ids[row]}"
             check_prompt(prompt, self._config, settings.max_new_tokens, name, "max_completion_length")
-        self._check_version()
-        drawn = self._client.sample(
+        page = _Page(self._journal if step < EVALUATION else None, self.label, self._earlier, step, settings)
+        known = [page.known(prompt, prompt_ids[row], num_generations) for row, prompt in enumerate(prompts)]
+        self._client.counts["replayed"] += sum(map(len, known))
+        if any(len(have) < num_generations for have in known):
+            self._fleet.check_version(self.version)
+        drawn = draw_samples(
+            self._client,
             prompts,
             prompt_ids,
             settings,
             num_generations=num_generations,
             step=step,
-            model=self._found.model,
+            model=self._fleet.found.model,
             vocab_size=self._config.vocab_size,
-            version=self._version,
+            version=self.version,
+            known=known,
+            accept=page.accept,
         )
-        self._check_version()
         return [
-            [
-                as_rollout(prompt, completion_of(one), prompt_id, number, self._version)
-                for number, one in enumerate(group)
-            ]
+            [as_rollout(prompt, completion_of(one), prompt_id, number, one.version) for number, one in enumerate(group)]
             for prompt, prompt_id, group in zip(prompts, prompt_ids, drawn, strict=True)
         ]
 
+    def counts(self) -> dict[str, float]:
+        """What went wrong in this process since the last call, and samples that the journal gave, by metric."""
+        now = {name: self._client.counts[name] for name in COUNTED}
+        news = {f"vllm/{name}": float(count - self._told.get(name, 0)) for name, count in now.items()}
+        self._told = now
+        return news
+
     def close(self) -> None:
-        """Removes what was written for the servers, which stay as they are."""
-        self._push.close()
+        """Removes what was written for the servers, which stay as they are, and ends a call that is under way."""
+        self._fleet.close()
 
-    def _send(self, params: Params, version: int, *, writes: bool) -> None:
-        seconds = self._push.send(params, version, writes=writes)
-        if not writes:
+    def _sync(self, params: Params, version: int, lost: bool) -> None:
+        if self._fleet.incomplete and not lost:
+            self._fleet.look_for_absent()
+        failure: ServersLost | None = None
+        for _ in range(MOST_RECOVERIES + 1):
+            try:
+                if lost:
+                    self._compared = None
+                    self._client.counts["recoveries"] += jax.process_index() == 0  # one of all processes
+                    self._fleet.reopen()
+                self.push_times = self._fleet.push(params, version)
+                self._compare_if_due(params, version)
+                return
+            except ServersLost as error:
+                logger.warning("%s", error)
+                lost, failure = True, error
+        raise RunFailure(f"{failure}; this is the end after {MOST_RECOVERIES} recoveries in a row")
+
+    def _compare_if_due(self, params: Params, version: int) -> None:
+        every = self._compare_every
+        if self._compared is None or (every is not None and version - self._compared >= every):
+            self._compare(params, version)
+            self._compared = version
+
+    def _compare(self, params: Params, version: int | None) -> float:
+        return compare(
+            self._client,
+            self._probe,
+            params,
+            prompt=self._probe_prompt,
+            model=self._fleet.found.model,
+            vocab_size=self._config.vocab_size,
+            version=version,
+            temperature=self._settings.temperature or 1.0,
+            tolerance=tolerance(self._dtype, self._fleet.found.dtype),
+        )
+
+
+class _Page:
+    """A generation's part of the journal; of no journal, it knows nothing and keeps nothing."""
+
+    def __init__(
+        self,
+        journal: Journal | None,
+        label: Label | None,
+        earlier: Label | None,
+        step: int,
+        settings: SamplingSettings,
+    ) -> None:
+        self._journal, self._label, self._step, self._settings = journal, label, step, settings
+        self._taken = journal.taken(step, {label, earlier} - {None}) if journal is not None else {}
+
+    def known(self, prompt: Sequence[int], prompt_id: int, num_generations: int) -> dict[int, Sample]:
+        """The prompt's samples that are there already, by their number."""
+        if not self._taken:
+            return {}
+        requests = {number: self._request(prompt, prompt_id, number) for number in range(num_generations)}
+        return {number: self._taken[key] for number, key in requests.items() if key in self._taken}
+
+    def accept(self, piece: Piece, samples: list[Sample]) -> None:
+        """Keeps the samples."""
+        if self._journal is None or self._label is None:
             return
-        prepare, apply, reset = self._push.load(version)
-        self.push_times = PushTimes(write=seconds, prepare=prepare, apply=apply, reset=reset)
+        entries = [
+            Entry(
+                prompt_id=piece.prompt_id,
+                number=number,
+                request=self._request(piece.prompt, piece.prompt_id, number),
+                label=self._label,
+                sample=sample,
+            )
+            for number, sample in enumerate(samples, start=piece.first)
+        ]
+        self._journal.append(self._step, entries)
 
-    def _check_version(self) -> None:
-        """Raises `ServerChanged` unless every server has the weights of the last sync."""
-
-        async def look(clients: Clients) -> None:
-            await clients.each(lambda server: self._check_server(clients, server))
-
-        self._client.run(look)
-
-    async def _check_server(self, clients: Clients, server: Server) -> None:
-        state = await self._state(clients, server)
-        if state.get("version") != self._version or state.get("torn"):
-            has = "weights cut off while they were loaded" if state.get("torn") else shown(state.get("version"))
-            raise ServerChanged(server.url, f"has version {has}, not {self._version}")
-        # A process that another one's push has reached since it was looked at first.
-        server.instance = state["instance"]
-
-    async def _state(self, clients: Clients, server: Server) -> dict[str, Any]:
-        limits, last = self._client.limits, None
-        for attempt in range(limits.num_retries + 1):
-            if attempt:
-                await asyncio.sleep(limits.first_pause)
-            try:
-                return await clients.rpc(server, "r1jax_state")
-            except Failure as failure:
-                self._client.counts[failure.kind] += 1
-                last = failure
-        raise RunFailure(f"vllm: no state from a server in {limits.num_retries + 1} tries; the last: {last}")
-
-    def _drawn_probes(self, temperature: float) -> np.ndarray:
-        """[servers, PROBE_TOKENS, 2]: what each server draws behind the probe, and its log-probabilities."""
-        settings = SamplingSettings(max_new_tokens=PROBE_TOKENS, temperature=temperature)
-        piece = Piece(prompt=self._probe_prompt, prompt_id=0, first=0, count=1, step=self._version)
-        vocab_size, version = self._config.vocab_size, self._version
-
-        async def draw(clients: Clients, server: Server) -> Sample:
-            answer = await clients.call(server, "/v1/completions", body_of(piece, settings, self._found.model))
-            try:
-                return samples_of(answer.content, piece, settings, vocab_size=vocab_size, version=version)[0]
-            except Malformed as error:
-                raise Failure("malformed", server.url, f"/v1/completions: {error}") from error
-
-        try:
-            drawn = self._client.run(lambda clients: clients.each(lambda server: draw(clients, server)))
-        except Failure as failure:
-            raise RunFailure(f"vllm: no answer to the probe: {failure}") from failure
-        return np.array([np.stack([one.token_ids, one.logprobs], axis=1) for one in drawn], np.float64)
+    def _request(self, prompt: Sequence[int], prompt_id: int, number: int) -> str:
+        seed = group_seed(self._settings.seed, self._step, prompt_id) + number
+        return request_digest(prompt, self._settings, seed)
 
 
 def _refuse_reshaped(settings: SamplingSettings, config: DecoderConfig) -> None:
@@ -235,36 +272,3 @@ def completion_of(sample: Sample) -> Completion:
         policy_logprobs=sample.logprobs,
         finish_reason=sample.finish_reason,
     )
-
-
-def _in_step(work: Callable[[], None], *, every: bool) -> None:
-    """Does the work, in every process or the first alone; raises in all of them where it fails in any."""
-    failure: RunFailure | None = None
-    if every or jax.process_index() == 0:
-        try:
-            work()
-        except RunFailure as error:
-            failure = error
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.int32(failure is not None))
-        if failed.any() and failure is None:
-            failure = RunFailure(
-                f"vllm: process {int(failed.argmax())} could not use the servers; its own line says why"
-            )
-    if failure is not None:
-        raise failure
-
-
-def _from_first(work: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
-    """What the work gives in the first process, in every process; `like` has its shape and dtype."""
-    found = [like]
-
-    def keep() -> None:
-        found[0] = work()
-
-    _in_step(keep, every=False)
-    # As bytes: jax would make float32 of float64.
-    sent = np.frombuffer(found[0].astype(like.dtype).tobytes(), np.uint8)
-    if jax.process_count() > 1:
-        sent = np.asarray(multihost_utils.broadcast_one_to_all(sent))
-    return np.frombuffer(sent.tobytes(), like.dtype).reshape(like.shape)

@@ -10,7 +10,7 @@ import httpx
 
 from r1jax.config.errors import shown
 
-FailureKind = Literal["timeout", "connection", "status", "malformed", "stale", "refused"]
+FailureKind = Literal["timeout", "connection", "status", "malformed", "stale", "refused", "silent"]
 INSTANCE_HEADER = "x-r1jax-instance"
 MOST_BYTES = 1 << 28
 """Of an answer: a broken server must not fill the memory. 256 MiB are ten million tokens with log-probabilities."""
@@ -31,7 +31,8 @@ class Answer:
 
     content: Any
     instance: str
-    """The server process, as `launch/vllm_server.sh` named it; empty for a server that has no name."""
+    """The server process, as `launch/vllm_server.sh` named it, and a count of changes of its weights; empty where they
+    may have changed while it answered, and for a server that has no name."""
 
 
 def connect(url: str, key: str, connect_timeout: float) -> httpx.AsyncClient:

@@ -6,6 +6,7 @@ with its seed + i, so a piece of a group that begins at sample k asks with the g
 
 import dataclasses
 import hashlib
+import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -47,20 +48,29 @@ class Malformed(ValueError):
 
 
 def pieces_of(
-    prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int], num_generations: int, step: int | None, size: int
+    prompts: Sequence[Sequence[int]],
+    prompt_ids: Sequence[int],
+    numbers: Sequence[Sequence[int]],
+    step: int | None,
+    size: int,
 ) -> list[Piece]:
-    """The requests for num_generations samples of each prompt, at most `size` in one."""
+    """The requests for the samples of each prompt that have these numbers (ascending), at most `size` in one."""
     return [
-        Piece(
-            prompt=tuple(map(int, prompt)),
-            prompt_id=int(prompt_id),
-            first=first,
-            count=min(size, num_generations - first),
-            step=step,
-        )
-        for prompt, prompt_id in zip(prompts, prompt_ids, strict=True)
-        for first in range(0, num_generations, size)
+        Piece(prompt=tuple(map(int, prompt)), prompt_id=int(prompt_id), first=first, count=count, step=step)
+        for prompt, prompt_id, wanted in zip(prompts, prompt_ids, numbers, strict=True)
+        for first, count in _runs(wanted, size)
     ]
+
+
+def _runs(numbers: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """(first, count) of numbers that follow each other, at most `size` of them."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == sum(found[-1]) and found[-1][1] < size:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((number, 1))
+    return found
 
 
 def group_seed(seed: int, step: int | None, prompt_id: int) -> int:
@@ -93,6 +103,12 @@ def body_of(piece: Piece, settings: SamplingSettings, model: str) -> dict[str, A
         "return_token_ids": True,
         "stream": False,
     }
+
+
+def request_digest(prompt: Sequence[int], settings: SamplingSettings, seed: int) -> str:
+    """What tells a sample from all others that could be asked for, but for the weights: prompt, settings, seed."""
+    asked = json.dumps([list(map(int, prompt)), dataclasses.asdict(settings), seed])
+    return hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
 
 
 def samples_of(

@@ -21,7 +21,7 @@ from r1jax.config.errors import RunFailure, need
 from r1jax.models.config import DecoderConfig
 from r1jax.models.parameters import Params
 from r1jax.rollout.vllm_checks import Found
-from r1jax.rollout.vllm_client import Clients, Server, VllmClient
+from r1jax.rollout.vllm_client import Clients, Server, ServersLost, VllmClient
 from r1jax.rollout.vllm_http import Failure
 from r1jax.rollout.weight_stream import FileSink, Sink, UploadSink, data_bytes, gathered, header_of
 
@@ -57,7 +57,7 @@ class WeightPush:
         seen = client.run(lambda clients: _seen(clients, folders))
         self._folders = [folder if ok else None for folder, ok in zip(folders, seen, strict=True)]
         if route == "file" and not all(self._folders):
-            missing = next(server.url for server, ok in zip(client.servers, seen, strict=True) if not ok)
+            missing = next(server.url for server, ok in zip(client.in_use, seen, strict=True) if not ok)
             rule = f"the directory of {missing} to be seen from here"
             raise need("vllm_weight_route", rule, "another machine's or another user's", "use upload, or a shared one")
 
@@ -69,7 +69,8 @@ class WeightPush:
     def send(self, params: Params, version: int, *, writes: bool) -> float:
         """Seconds it took to bring the bytes to all servers. Every process must call it, one of them writes.
 
-        Raises `RunFailure`, after the last tensor is gathered: the others of a mesh would wait for it otherwise.
+        Raises `ServersLost` where a server, or its directory, is not there any more, `RunFailure` where it cannot take
+        them; after the last tensor is gathered, as the others of a mesh would wait for it otherwise.
         """
         start = time.perf_counter()
         failure: OSError | None = None
@@ -87,24 +88,30 @@ class WeightPush:
             if failure is None:
                 stack.pop_all()
         if failure is not None:
-            raise RunFailure(f"vllm: weights of step {version} did not reach every server: {_words(failure)}")
+            gone = isinstance(failure, (ConnectionError, TimeoutError, FileNotFoundError))
+            text = f"vllm: weights of step {version} did not reach every server: {_words(failure)}"
+            raise (ServersLost if gone else RunFailure)(text)
         return time.perf_counter() - start
 
-    def load(self, version: int) -> tuple[float, float, float]:
-        """Seconds of prepare, apply and reset, after which all servers have this version; raises `RunFailure`."""
+    def load(self, version: int, owner: str) -> tuple[float, float, float]:
+        """Seconds of prepare, apply and reset, after which all servers have this version; raises as `send`.
+
+        owner: the run's name, which servers give with the version.
+        """
         times = []
         steps = (self._prepare, self._apply, self._reset)
 
         async def work(clients: Clients) -> None:
             for step in steps:
                 start = time.perf_counter()
-                await step(clients, version)
+                await step(clients, version, owner)
                 times.append(time.perf_counter() - start)
 
         try:
             self._client.run(work)
         except Failure as failure:
-            raise RunFailure(f"vllm: weights of step {version} are not loaded: {failure}") from failure
+            text = f"vllm: weights of step {version} are not loaded: {failure}"
+            raise (RunFailure if failure.kind == "refused" else ServersLost)(text) from failure
         return times[0], times[1], times[2]
 
     def close(self) -> None:
@@ -127,19 +134,20 @@ class WeightPush:
     def _sinks(self, size: int) -> Iterator[Sink]:
         for folder in dict.fromkeys(filter(None, self._folders)):
             yield FileSink(os.path.join(folder, self._name))
-        for server, folder in zip(self._client.servers, self._folders, strict=True):
+        for server, folder in zip(self._client.in_use, self._folders, strict=True):
             if folder is None:
                 yield UploadSink(server.url, self._client.key, self._name, size, self._client.limits.control_seconds)
 
-    async def _prepare(self, clients: Clients, version: int) -> None:
-        await clients.each(lambda server: clients.rpc(server, "r1jax_prepare", self._name, version))
+    async def _prepare(self, clients: Clients, version: int, owner: str) -> None:
+        await clients.each(lambda server: clients.rpc(server, "r1jax_prepare", self._name, version, owner))
 
-    async def _apply(self, clients: Clients, version: int) -> None:
+    async def _apply(self, clients: Clients, version: int, owner: str) -> None:
+        del owner
         await clients.each(lambda server: clients.rpc(server, "r1jax_apply", version))
 
-    async def _reset(self, clients: Clients, version: int) -> None:
+    async def _reset(self, clients: Clients, version: int, owner: str) -> None:
         """Keys and values of the old weights must go: without it a cached prompt was off by 2e-2 [vLLM 0.32]."""
-        del version
+        del version, owner
         await clients.each(lambda server: _reset_cache(clients, server))
 
 
@@ -156,7 +164,7 @@ async def _reset_cache(clients: Clients, server: Server) -> None:
 
 async def _seen(clients: Clients, folders: list[str | None]) -> list[bool]:
     """Whether this process and the server see one directory: a greeting is written and its digest asked for."""
-    servers = clients.owner.servers
+    servers = clients.owner.in_use
     return [
         folder is not None and await _greets(clients, server, folder)
         for server, folder in zip(servers, folders, strict=True)

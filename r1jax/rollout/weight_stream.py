@@ -61,7 +61,8 @@ def gathered(params: Params, config: DecoderConfig, dtype: str) -> Iterator[memo
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where the bytes go; each method raises OSError for what the other end does not take."""
+    """Where the bytes go; each method raises OSError for what the other end does not take, ConnectionError or
+    FileNotFoundError where it is not there any more."""
 
     def write(self, data: bytes | memoryview) -> None:
         """Takes the next bytes."""
@@ -90,8 +91,12 @@ class FileSink:
     def write(self, data: bytes | memoryview) -> None:
         """Takes the next bytes."""
         view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            # The system names no file here, and whoever makes room must know where.
+            raise OSError(error.errno, error.strerror, self._path) from error
 
     def finish(self) -> None:
         """Renames."""
@@ -124,27 +129,27 @@ class UploadSink:
             self._connection.send(data)
         except OSError as error:
             # A server that refuses says why before it hangs up.
-            raise OSError(self._said() or str(error)) from error
+            self._heard()
+            raise ConnectionError(str(error)) from error
 
     def finish(self) -> None:
         """Waits for the server's word."""
-        said = self._said()
+        self._heard()
         self._connection.close()
-        if said:
-            raise OSError(said)
 
     def abort(self) -> None:
         """Hangs up; the server removes what it has."""
         self._connection.close()
 
-    def _said(self) -> str:
-        """What the server has against it; empty where it took all."""
+    def _heard(self) -> None:
+        """Nothing where the server took all; raises OSError with its words, ConnectionError without any."""
         try:
             response = self._connection.getresponse()
             text = response.read(2000).decode(errors="replace")
         except (http.client.HTTPException, OSError) as error:
-            return f"no answer to the upload: {error or type(error).__name__}"
-        return "" if response.status == 200 else f"the upload was answered {response.status}: {text}"
+            raise ConnectionError(f"no answer to the upload: {error or type(error).__name__}") from error
+        if response.status != 200:
+            raise OSError(f"the upload was answered {response.status}: {text}")
 
 
 def _connection(url: str, timeout: float) -> http.client.HTTPConnection:

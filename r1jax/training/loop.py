@@ -1,14 +1,16 @@
 """The only training loop. It holds a run's state; everything it calls is given to it."""
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from r1jax import progress
 from r1jax.batch import PackedBatch
+from r1jax.config.errors import ResumableFailure
 from r1jax.training.cadence import Cadence
 from r1jax.training.preemption import on_sigterm
 from r1jax.training.recorder import Recorder
@@ -61,7 +63,8 @@ def run(
     """(final state, updates done), fewer than planned after a SIGTERM, which is answered by a checkpoint.
 
     The metrics of a step are read while the next one runs, so the devices never wait for the host; where a step is
-    logged, evaluated or saved they are read at once, and a non-finite loss never reaches a checkpoint.
+    logged, evaluated or saved they are read at once, and a non-finite loss never reaches a checkpoint. A
+    `ResumableFailure` of what comes before an update, or of an evaluation, is raised on once the state is saved.
     """
     pending: tuple[StepInput, Mapping[str, Any]] | None = None
 
@@ -75,8 +78,16 @@ def run(
     def now() -> TrainState:
         return state
 
+    def save_whole() -> None:
+        nonlocal saved
+        settle()
+        if saved != done and cadence.saving.steps is not None:
+            progress.report("checkpoint")
+            tasks.save(done, state)
+            saved = done
+
     done = saved = int(state.step)
-    with on_sigterm() as requested:
+    with on_sigterm() as requested, saving_first(save_whole):
         if requested():
             logger.info("SIGTERM before training: there is nothing to save")
             return state, done
@@ -111,7 +122,16 @@ def run(
                 return state, done
             progress.report("next batch", done + 1)
     progress.report("end of the run", done)
-    settle()
-    if saved != done and cadence.saving.steps is not None:  # the end of the run is always worth keeping
-        tasks.save(done, state)
+    save_whole()  # the end of the run is always worth keeping
     return state, done
+
+
+@contextlib.contextmanager
+def saving_first(save: Callable[[], None]) -> Iterator[None]:
+    """Within it a failure that leaves the state whole on all processes is raised on when it is saved."""
+    try:
+        yield
+    except ResumableFailure as failure:
+        logger.warning("the run cannot go on, its state is saved first: %s", failure)
+        save()
+        raise

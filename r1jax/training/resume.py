@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # What a run that was killed before its first checkpoint leaves behind.
 _UNFINISHED = {
     *("config.yaml", "metrics.jsonl", "metrics.jsonl.tmp", "runs", "wandb", "wandb_run_id"),
-    *(FOLDER, ".export-incomplete", STAGING, "completions"),
+    *(FOLDER, ".export-incomplete", STAGING, "completions", "journal"),
 }
 
 

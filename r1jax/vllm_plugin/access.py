@@ -1,4 +1,5 @@
-"""The door of the server: every request but the probes of its health shows the key, and every answer names the process.
+"""The door of the server: every request but the probes of its health shows the key, and every answer names the process
+and the state of its weights.
 
 Stock vLLM guards /v1 and /inference alone; /collective_rpc, /pause, /update_weights and /invocations answer anybody
 [vLLM 0.32 with --api-key]. Starlette adds a --middleware outside of vLLM's own, so nothing is reached before this.
@@ -9,6 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from r1jax.vllm_plugin.changes import Changes
 from r1jax.vllm_plugin.receive import ReceiveWeights
 
 KEY = "R1JAX_VLLM_KEY"
@@ -33,14 +35,15 @@ class RequireKey:
         self._app = ReceiveWeights(app)
         self._expected = b"Bearer " + key.encode()
         # A restarted server has the weights it was started with: its answers must not pass for the old one's.
-        self._instance = (INSTANCE_HEADER, instance.encode())
+        self._instance, self._changes = instance, Changes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on what may pass."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http" and (scope["path"] in OPEN_PATHS or self._has_key(scope)):
-            await self._app(scope, receive, self._named(send))
+            named = self._named(send)
+            await self._app(scope, self._changes.watched(scope, receive), named)
         elif scope["type"] == "http":
             await _refuse(send)
         elif scope["type"] == "websocket" and self._has_key(scope):
@@ -53,9 +56,13 @@ class RequireKey:
         return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
 
     def _named(self, send: Send) -> Send:
+        """Adds PROCESS.CHANGES to the answer's headers; nothing where weights may have changed since the request."""
+        before = self._changes.count
+
         async def with_instance(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), self._instance]}
+                name = f"{self._instance}.{before}" if self._changes.count == before else ""
+                message = {**message, "headers": [*message.get("headers", ()), (INSTANCE_HEADER, name.encode())]}
             await send(message)
 
         return with_instance

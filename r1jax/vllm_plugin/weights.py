@@ -5,6 +5,7 @@ that the model was started from; nothing has changed when it refuses. `Weights.a
 loading itself fail, the weights are a mixture: they are called torn until the next apply succeeds.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -29,11 +30,15 @@ class Weights:
         self.model, self.folder, self.dtype = model, folder, dtype
         self.version: int | None = None
         """Of the weights last applied; None: those of the start."""
+        self.owner = ""
+        """The run that pushed them, by the name that it gave itself."""
         self.torn = False
         self._expected = expected_shapes(model_folder, tied)
-        self._prepared: tuple[str, int, tuple[int, ...]] | None = None
+        self._prepared: tuple[str, int, str, tuple[int, ...]] | None = None
+        self._loaded: str | None = None
+        """The file of the weights last applied."""
 
-    def prepare(self, name: str, version: int) -> dict[str, Any]:
+    def prepare(self, name: str, version: int, owner: str = "") -> dict[str, Any]:
         """What was found, all of it as it should be; raises `Refused` otherwise."""
         self._prepared = None
         path = path_of(name, self.folder)
@@ -48,14 +53,14 @@ class Weights:
                 if _DTYPES.get(one.get_dtype()) != self.dtype:
                     got = f"{one.get_dtype()} for {tensor}"
                     raise Refused(f"dtype: need {self.dtype}, which the server computes in, got {got}; push that dtype")
-        self._prepared = (path, version, _identity(path))
+        self._prepared = (path, version, owner, _identity(path))
         return {"tensors": len(shapes), "bytes": os.path.getsize(path)}
 
     def apply(self, version: int) -> dict[str, Any]:
         """What was loaded; raises `Refused` unless this version was prepared and its file is as it was."""
         if self._prepared is None or self._prepared[1] != version:
             raise Refused(f"version: need one that is prepared, got {version}; prepare it first")
-        path, _, identity = self._prepared
+        path, _, owner, identity = self._prepared
         self._prepared = None
         if _identity(path) != identity:
             raise Refused(f"file: need {os.path.basename(path)} as it was prepared, got another; push again")
@@ -65,7 +70,12 @@ class Weights:
         missed = {name for name, _ in self.model.named_parameters()} - set(loaded or ())
         if loaded is not None and missed:
             raise Refused(f"weights: need every parameter loaded, got none for {min(missed)}; vLLM renamed it")
-        self.torn, self.version = False, version
+        self.torn, self.version, self.owner = False, version, owner
+        if self._loaded not in (None, path):
+            # Of a run before this one: had it been killed, nobody else would give the memory back.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._loaded)
+        self._loaded = path
         return {"tensors": len(self._expected)}
 
 

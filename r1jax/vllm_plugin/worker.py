@@ -14,7 +14,6 @@ from typing import Any
 from safetensors import SafetensorError
 
 from r1jax.vllm_plugin import cpu_linear
-from r1jax.vllm_plugin.access import INSTANCE
 from r1jax.vllm_plugin.folder import Refused, path_of, sync_folder
 from r1jax.vllm_plugin.weights import Weights
 
@@ -29,8 +28,8 @@ def _answers(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
         start = time.perf_counter()
         try:
             found = {"ok": True, **method(self, *args)}
-        # RuntimeError is torch's for a shape and for memory that ran out.
-        except (Refused, OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        # RuntimeError is torch's for a shape and for memory that ran out, MemoryError is safetensors'.
+        except (Refused, OSError, SafetensorError, ValueError, KeyError, RuntimeError, MemoryError) as error:
             found = {"ok": False, "error": f"{error}" or type(error).__name__}
         return {**found, "seconds": time.perf_counter() - start}
 
@@ -44,14 +43,14 @@ class WeightSync:
 
     @_answers
     def r1jax_state(self) -> dict[str, Any]:
-        """Which process this is, what model it has, and which weights."""
+        """What model this worker has, and which weights."""
         worker: Any = self
         config = worker.vllm_config.model_config
         hf = config.hf_text_config
         weights = self._r1jax_loaded()
         return {
-            "instance": os.environ.get(INSTANCE, ""),
             "version": weights.version,
+            "owner": weights.owner,
             "torn": weights.torn,
             "sync_dir": weights.folder,
             "vllm": cpu_linear.vllm_version(),
@@ -74,12 +73,12 @@ class WeightSync:
             return {"sha256": hashlib.sha256(file.read()).hexdigest()}
 
     @_answers
-    def r1jax_prepare(self, name: str, version: int) -> dict[str, Any]:
+    def r1jax_prepare(self, name: str, version: int, owner: str = "") -> dict[str, Any]:
         """The first phase: the file is looked at, and nothing changes."""
         weights = self._r1jax_loaded()
         if packed := cpu_linear.packed_layers(weights.model):
             raise Refused(f"vllm: need layers that read their weights, got {packed[0]}, which packed them at the start")
-        return weights.prepare(name, int(version))
+        return weights.prepare(name, int(version), str(owner))
 
     @_answers
     def r1jax_apply(self, version: int) -> dict[str, Any]:

@@ -245,6 +245,17 @@ GRPO_REFUSALS = [
         {"vllm_gpu_memory_utilization": 90},
         "vllm_gpu_memory_utilization: need 0 < x <= 1, got 90; it is a part of the memory",
     ),
+    (
+        {"vllm_importance_sampling_cap": 0.5},
+        "vllm_importance_sampling_cap: need x >= 1, got 0.5;"
+        " 2 is usual; vllm_importance_sampling_correction: false is for no weights",
+    ),
+    ({"vllm_request_timeout": 0}, "vllm_request_timeout: need x > 0, got 0; it is a number of seconds"),
+    (
+        {"vllm_verify_steps": 0},
+        "vllm_verify_steps: need x >= 1, got 0; 1 compares after each push; null when it is needed",
+    ),
+    ({"rollout_async_depth": 2}, "rollout_async_depth: need 0 or 1, got 2; 1 draws the next generation meanwhile"),
     ({"vllm_server_port": 0}, "vllm_server_port: need 1 <= x <= 65535, got 0; 8000 is the default"),
     (
         {"generation_batch_size": 16, "steps_per_generation": 2},

@@ -28,7 +28,7 @@ def start(
     program = ["-m", "r1jax.doctor"] if code is None else ["-c", code]
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
-        env=kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | (environ or {}),
+        env=kept | {"JAX_PLATFORMS": "cpu", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | (environ or {}),
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -66,12 +66,15 @@ def test_a_good_machine(tmp_path: Path):
 
 
 def test_flags_and_platforms_that_end_a_run():
-    flags = start("--json", environ={"XLA_FLAGS": "--xla_no_such_flag=1"})
+    flags = start("--json", "--vllm_python", "/nowhere/python", environ={"XLA_FLAGS": "--xla_no_such_flag=1"})
     platform = start("--json", environ={"JAX_PLATFORMS": "cuda"})
     code, findings, _ = finish(flags)
     assert code == 1
     assert [(one["check"], one["found"]) for one in findings if one["verdict"] == "bad"] == [
         ("XLA flags", "Unknown flag in XLA_FLAGS: --xla_no_such_flag=1")
+    ]
+    assert [(one["check"], one["found"]) for one in findings if one["verdict"] == "warn"] == [
+        ("vLLM", "/nowhere/python: No such file or directory")
     ]
     code, findings, _ = finish(platform)
     assert code == 1

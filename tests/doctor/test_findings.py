@@ -28,6 +28,14 @@ def test_only_bad_is_bad():
     assert is_bad([*FINDINGS, Finding("three", "none", "bad", "get one")])
 
 
+@pytest.mark.parametrize("text", ["pip install 'r1jax[cuda12]'", "cannot open [/usr/lib/x]", "a [red]b"])
+def test_brackets_are_shown(text: str):
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(as_table([Finding(text, text, "bad", text, where=text)]))
+    assert shown.get().count(text) == 4
+
+
 def test_the_table_and_the_objects():
     console = Console(width=100)
     with console.capture() as shown:

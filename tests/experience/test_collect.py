@@ -5,9 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.grpo.world import Pieces, assembled, keys
-
-ABOUT = {"global_step": 0, "max_steps": 6}
+from tests.grpo.world import Pieces, assembled, draw, keys
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +16,12 @@ def pieces(world) -> Iterator[Pieces]:
             reward_weights=[2.0, 0.25], scale_rewards="batch",
         )
     ) as found:  # fmt: skip
-        found.collector.engine.sync(found.params, 3)
         yield found
 
 
 @pytest.fixture(scope="module")
 def found(pieces: Pieces):
-    return pieces.collector.collect(pieces.task.train, [7, 2, 19], 4, step=5, log_of=ABOUT)
+    return draw(pieces, [7, 2, 19], 4, step=5, version=3)
 
 
 def test_groups_stand_together_in_the_order_asked_for(pieces, found):
@@ -38,7 +35,7 @@ def test_groups_stand_together_in_the_order_asked_for(pieces, found):
 
 def test_every_stop_token_ends_a_completion(pieces):
     """<eos> and <stop> both do, as last token and nowhere else; neither counts as cut off."""
-    drawn = pieces.collector.collect(pieces.task.train, range(20), 4, step=0, log_of=ABOUT).rollouts
+    drawn = draw(pieces, range(20), 4, version=3).rollouts
     ends = {int(one.tokens[-1]) for one in drawn if not one.truncated}
     assert ends == {1, 2}
     for one in drawn:
@@ -61,10 +58,10 @@ def test_rewards_are_of_the_words_and_weighted(pieces, found):
 
 
 def test_a_prompt_keeps_its_samples_among_others_and_another_step_draws_others(pieces, found):
-    alone = pieces.collector.collect(pieces.task.train, [2], 4, step=5, log_of=ABOUT)
+    alone = draw(pieces, [2], 4, step=5, version=3)
     for one, other in zip(alone.rollouts, found.rollouts[4:8], strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
-    later = pieces.collector.collect(pieces.task.train, [2], 4, step=6, log_of=ABOUT)
+    later = draw(pieces, [2], 4, step=6, version=3)
     assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(alone.rollouts, later.rollouts, strict=True))
 
 

@@ -61,6 +61,8 @@ def test_passes_over_the_same_completions_share_a_batch(first):
 def test_metrics_come_with_the_first_step_of_a_generation(first):
     _, metrics, _, seen = first
     assert [bool(each) for each in metrics] == [True, False, False, False, True] and len(seen) == 2
+    assert metrics[0]["sampling/staleness/max"] == 0 == metrics[4]["sampling/staleness/mean"]
+    assert [metrics[at]["sampling/weight_version"] for at in (0, 4)] == [0, 4]
     times = {"time/rollout", "time/rewards", "time/sync", "time/prepare", "time/update"}
     assert times == {name for name in metrics[0] if name.startswith("time/")}
     assert all(metrics[0][name] >= 0 for name in times)

@@ -9,20 +9,19 @@ import pytest
 from r1jax.config import resolve
 from r1jax.experience.observer import Observer, surprise
 from r1jax.experience.report import experience_metrics
-from tests.grpo.world import Pieces, assembled, keys, prompt
+from tests.grpo.world import Pieces, assembled, draw, keys, prompt
 
 
 @pytest.fixture(scope="module")
 def pieces(world) -> Iterator[Pieces]:
     with assembled(keys(world, per_device_train_batch_size=8)) as found:
-        found.collector.engine.sync(found.params, 0)
         yield found
 
 
 @pytest.fixture(scope="module")
 def seen(pieces):
     """Experience of two prompts."""
-    return pieces.collector.collect(pieces.task.train, [3, 8], 2, step=0, log_of={})
+    return draw(pieces, [3, 8], 2)
 
 
 def observer(world, folder, pieces, *, start_step=0, **changes):

@@ -15,9 +15,9 @@ import pytest
 from r1jax import grpo
 from r1jax.config import resolve
 from r1jax.experience.collect import Experience
-from r1jax.objectives.grpo import Surrogate, make_surrogate
+from r1jax.objectives.grpo import Surrogate, make_surrogate, policy_metrics
 from r1jax.training.state import start_state
-from tests.grpo.world import Pieces, assembled, keys
+from tests.grpo.world import Pieces, assembled, draw, keys
 
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -36,9 +36,8 @@ def pieces(world: Path) -> Iterator[Pieces]:
 @pytest.fixture(scope="module")
 def drawn(pieces: Pieces) -> Experience:
     """A generation in which some completions are cut off and some are not."""
-    pieces.collector.engine.sync(pieces.params, 0)
     indices = pieces.task.plan.prompts(0).tolist()
-    found = pieces.collector.collect(pieces.task.train, indices, 4, step=0, log_of={})
+    found = draw(pieces, indices, 4)
     assert 0 < sum(one.truncated for one in found.rollouts) < 16 and np.any(found.advantages)
     return found
 
@@ -91,11 +90,45 @@ def test_the_averages_differ(pieces: Pieces, drawn: Experience, world: Path) -> 
         ({"epsilon_high": 0.28}, Surrogate(epsilon_high=0.28)),
         ({"delta": 4.0}, Surrogate(delta=4.0)),
         ({"importance_sampling_level": "sequence", "loss_type": "grpo"}, Surrogate(level="sequence")),
+        ({"use_vllm": True}, Surrogate(importance_cap=2.0)),
+        ({"use_vllm": True, "vllm_importance_sampling_cap": 3.0}, Surrogate(importance_cap=3.0)),
+        ({"use_vllm": True, "vllm_importance_sampling_correction": False}, Surrogate()),
+        ({"vllm_importance_sampling_cap": 3.0}, Surrogate()),
     ],
 )
 def test_the_surrogate_is_the_one_asked_for(world: Path, changes: dict[str, Any], expected: Surrogate) -> None:
     """Each field's effect is worked out in objectives/test_grpo.py."""
-    assert make_surrogate(resolve(keys(world, **changes)).config.grpo) == expected
+    config = resolve(keys(world, **changes)).config
+    assert make_surrogate(config.grpo, config.vllm) == expected
+
+
+def test_the_samples_of_a_server_are_corrected(pieces: Pieces, drawn: Experience, world: Path) -> None:
+    """The update of a run with a server, on samples whose log-probabilities are off by noise: -sum(w A min(p / q, 2)).
+
+    Without the noise they are the policy's own p, the embedded engine having drawn them.
+    """
+    config = resolve(keys(world, use_vllm=True, **SETTINGS)).config
+    step, _ = grpo.make_steps(config, pieces.source, pieces.layout, pieces.task.plan.num_steps)
+    generations = grpo.make_generations(
+        config, pieces.layout, pieces.task, pieces.collector, pieces.score, None, lambda *_: None, {}
+    )
+    _, chosen, micro_batches = pieces.task.plan.step(0)
+    batch, _ = generations.packer.pack(drawn, chosen.tolist(), micro_batches)
+    mask, weight, advantages = (np.asarray(x) for x in (batch.loss_mask, batch.loss_weight, batch.advantages))
+    noise = (mask * np.random.default_rng(0).normal(0, 0.7, mask.shape)).astype(np.float32)
+    off = jax.device_put(np.asarray(batch.sampler_logprobs) - noise, pieces.layout.batch)
+    params = jax.tree.map(lambda leaf: leaf.copy(), pieces.params)
+    _, sums = step(
+        start_state(params, config.optimizer, pieces.layout), dataclasses.replace(batch, sampler_logprobs=off)
+    )
+    importance = np.minimum(np.exp(noise), 2.0)
+    used = importance[mask == 1]
+    assert 0 < (used == 2.0).sum() < used.size
+    assert float(sums["loss"]) == pytest.approx(-(weight * advantages * importance).sum(), abs=1e-5)
+    metrics = policy_metrics({name: float(value) for name, value in sums.items()}, 1)
+    found = [metrics[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")]
+    assert found == pytest.approx([used.min(), used.mean(), 2.0], rel=1e-4)
+    assert metrics["sampling/importance_sampling_truncated"] == pytest.approx((used == 2.0).mean())
 
 
 @pytest.mark.parametrize(
@@ -104,8 +137,7 @@ def test_the_surrogate_is_the_one_asked_for(world: Path, changes: dict[str, Any]
 )
 def test_advantages_are_scaled_as_asked(pieces: Pieces, world: Path, scale: Any, deviation: str) -> None:
     config = resolve(keys(world, scale_rewards=scale)).config
-    collector = dataclasses.replace(pieces.collector, scaling=config.grpo.scaling)
-    found = collector.collect(pieces.task.train, [3, 11], 4, step=0, log_of={})
+    found = draw(pieces, [3, 11], 4, scaling=config.grpo.scaling)
     rewards = found.rewards.reshape(2, 4)
     assert np.isnan(rewards).any()  # brevity has none for some
     centred = rewards - np.nanmean(rewards, axis=1, keepdims=True)

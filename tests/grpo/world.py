@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from r1jax import grpo
 from r1jax.config import RunConfig, resolve
-from r1jax.experience.collect import Collector
+from r1jax.experience.collect import Collector, Experience
+from r1jax.experience.drawing import Request
 from r1jax.experience.task import Task, read_task
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.training.source import Source, first_params, read_source
@@ -179,3 +180,10 @@ def assembled(content: Mapping[str, Any], devices: int = 1) -> Iterator[Pieces]:
         engine = grpo.open_engine(config, source, layout, task)
         collector = grpo.make_collector(config, source, task, graders, engine)
         yield Pieces(config, source, layout, task, params, collector, step, score)
+
+
+def draw(pieces: Pieces, indices: Any, size: int, *, step: int = 0, version: int = 0, **changes: Any) -> Experience:
+    """size completions of each training prompt at the indices, by the first weights; changes are the collector's."""
+    about = {"global_step": 0, "max_steps": 6}
+    request = Request(prompts=pieces.task.train, indices=indices, group_size=size, step=step, log_of=about)
+    return dataclasses.replace(pieces.collector, **changes).collect(request, pieces.params, version)

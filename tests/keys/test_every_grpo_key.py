@@ -76,7 +76,7 @@ ELSEWHERE: dict[str, str] = {
         "what W&B shows: experience/test_observer.py::test_every_completion_goes_out_if_prompts_need_not_be_unique"
     ),
     "dataset_solution_column": "renamed for rewards: data/test_prompts.py::test_solutions_under_another_name",
-    "rollout_engine": "needs a server: vllm/test_grpo.py::test_two_steps_on_a_server",
+    "rollout_engine": "needs a server: vllm/test_grpo.py::test_five_steps_are_those_of_the_embedded_engine",
     "use_vllm": "rollout_engine by another name: config/test_resolve.py::test_values_that_follow_from_others",
     "vllm_mode": "colocate is refused: grpo/test_refusals.py::test_what_does_not_fit",
     "vllm_guided_decoding_regex": "refused: grpo/test_refusals.py::test_what_does_not_fit",
@@ -84,7 +84,16 @@ ELSEWHERE: dict[str, str] = {
     "vllm_server_host": "config/test_vllm.py::test_addresses",
     "vllm_server_port": "config/test_vllm.py::test_addresses",
     "vllm_server_timeout": "rollout/test_vllm_checks.py::test_nobody_answers_in_time",
+    "vllm_request_timeout": "needs a server: experience/test_engines.py::test_how_long_a_request_may_take",
+    "vllm_verify_steps": "needs a server: experience/test_engines.py::test_how_often_servers_are_compared",
+    "rollout_async_depth": "needs a server: experience/test_ahead.py::test_the_next_generation_is_drawn_meanwhile",
     "vllm_gpu_memory_utilization": "reported as the server's: config/test_vllm.py::test_what_the_server_is_given",
+    "vllm_importance_sampling_correction": (
+        "needs a server's samples: grpo/test_choices.py::test_the_samples_of_a_server_are_corrected"
+    ),
+    "vllm_importance_sampling_cap": (
+        "needs a server's samples: grpo/test_choices.py::test_the_surrogate_is_the_one_asked_for"
+    ),
     "vllm_tensor_parallel_size": "reported as the server's: config/test_vllm.py::test_what_the_server_is_given",
 }
 

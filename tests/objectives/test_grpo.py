@@ -97,19 +97,21 @@ def reference(sequences: list[Sequence], now: list[np.ndarray], s: Surrogate) ->
         slope = np.zeros(len(lp))
         trained = np.flatnonzero(one.mask)
         d = lp - one.old
-        n = max(len(trained), 1)
+        importance = np.ones(len(lp))
+        if s.importance_cap is not None:
+            importance = np.minimum(np.exp(one.old - one.sampler), s.importance_cap)
         for t in trained:
             w = np.exp(d[t] if s.level == "token" else d[trained].mean())
             free = w if s.delta is None else min(w, s.delta)
             clipped = min(max(w, 1 - s.epsilon), 1 + s.epsilon_high)
-            total -= one.weight * min(free * one.advantage, clipped * one.advantage)
+            total -= one.weight * importance[t] * min(free * one.advantage, clipped * one.advantage)
             moves = free == w if free * one.advantage <= clipped * one.advantage else clipped == w
-            # All tokens of a sequence share its ratio, each a 1/n of it; they weigh the same.
-            slope[t] -= one.weight * one.advantage * w * moves
+            # All tokens of a sequence share its ratio, each a 1/n of it.
+            share = importance[t] if s.level == "token" else importance[trained].mean()
+            slope[t] -= one.weight * share * one.advantage * w * moves
             away = one.ref[t] - lp[t]
             total += one.weight * s.beta * (np.exp(away) - away - 1)
             slope[t] += one.weight * s.beta * (1 - np.exp(away))
-        assert n
         slopes.append(slope)
     return total, slopes
 
@@ -117,6 +119,10 @@ def reference(sequences: list[Sequence], now: list[np.ndarray], s: Surrogate) ->
 CASES = [
     Surrogate(epsilon=0.2, epsilon_high=high, beta=beta, delta=delta, level=level)
     for high, beta, delta, level in itertools.product((0.2, 0.35), (0.0, 0.3), (None, 1.5), ("token", "sequence"))
+]
+CORRECTED = [
+    Surrogate(beta=beta, level=level, importance_cap=cap)
+    for beta, level, cap in itertools.product((0.0, 0.3), ("token", "sequence"), (1.0, 1.5, 10.0))
 ]
 
 
@@ -140,16 +146,77 @@ def lie(values: list[np.ndarray], rows: list[list[int]], row_length: int) -> np.
     return found
 
 
-@pytest.mark.parametrize("surrogate", CASES)
+@pytest.mark.parametrize("surrogate", CASES + CORRECTED)
 def test_loss_and_gradients_are_those_of_the_plain_reference(sequences, now, surrogate):
     expected, slopes = reference(sequences, now, surrogate)
     compute = jax.value_and_grad(make_policy_loss(given, surrogate), has_aux=True)
     (value, _), found = compute(
         jnp.asarray(lie(now, PACKED, 32)), jax.tree.map(jnp.asarray, pack(sequences, PACKED, 32))
     )
-    np.testing.assert_allclose(value, expected, atol=TOLERANCE)
-    np.testing.assert_allclose(found, lie(slopes, PACKED, 32), atol=TOLERANCE)
+    np.testing.assert_allclose(value, expected, atol=1e-6)
+    np.testing.assert_allclose(found, lie(slopes, PACKED, 32), atol=1e-6)
     assert np.abs(found).max() > 0.01
+
+
+def test_the_correction_by_hand():
+    """Twice as likely to the trainer as to the sampler, cut at 1.5; half as likely; and a prompt's token. A is 2 and a
+    token weighs 0.1: the loss is -0.1 * 2 * (1.5 + 0.5), and so are its parts the gradient; the weight has none."""
+    row = {"tokens": [0, 0, 0], "positions": [0, 1, 2], "segment_ids": [1, 1, 1], "loss_mask": [0, 1, 1]}
+    floats = {"loss_weight": [0.0, 0.1, 0.1], "advantages": [0.0, 2.0, 2.0], "sampler_logprobs": np.log([9, 0.25, 0.4])}
+    batch = PackedBatch(
+        **{name: jnp.asarray([values], jnp.int32) for name, values in row.items()},
+        **{name: jnp.asarray([values], jnp.float32) for name, values in floats.items()},
+        max_segments=1,
+    )
+    compute = jax.value_and_grad(make_policy_loss(given, Surrogate(importance_cap=1.5)), has_aux=True)
+    (value, sums), slope = compute(jnp.log(jnp.asarray([[1.0, 0.5, 0.2]])), batch)
+    np.testing.assert_allclose(value, -0.4, rtol=1e-6)
+    np.testing.assert_allclose(slope, [[0.0, -0.3, -0.1]], rtol=1e-6)
+    told = {name: float(sums[f"importance{name}"]) for name in ("", "_min", "_max", "_truncated")}
+    assert told == pytest.approx({"": 2.0, "_min": 0.5, "_max": 1.5, "_truncated": 1.0})
+
+
+@pytest.mark.parametrize("aged", [True, False])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_sampler_that_is_the_trainer_is_corrected_by_no_bit(sequences, now, level, aged):
+    """Even under the lowest cap; aged: the batch has been updated on before."""
+    batch, lp = pack(sequences, PACKED, 32), lie(now, PACKED, 32)
+    batch = dataclasses.replace(
+        batch, old_logprobs=batch.old_logprobs if aged else None, sampler_logprobs=batch.old_logprobs if aged else lp
+    )
+
+    def computed(cap: float | None):
+        loss = make_policy_loss(given, Surrogate(beta=0.3, level=level, importance_cap=cap))
+        (value, sums), slope = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(lp), jax.tree.map(jnp.asarray, batch))
+        return value, sums, slope
+
+    value, sums, slope = computed(None)
+    corrected, more, found = computed(1.0)
+    assert float(value) == float(corrected) != 0.0
+    np.testing.assert_array_equal(found, slope)
+    assert {name: float(more[name]) for name in sums} == {name: float(one) for name, one in sums.items()}
+    metrics = policy_metrics({"loss": 0.0, **{name: float(one) for name, one in more.items()}}, 1)
+    assert [metrics[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")] == [1.0] * 3
+    assert metrics["sampling/importance_sampling_truncated"] == 0.0
+
+
+def test_a_sampler_that_is_off_shows(sequences, now):
+    """Noise on its log-probabilities is in the metrics, counted in numpy; without the correction they are not there."""
+    rng = np.random.default_rng(5)
+    noisy = [dataclasses.replace(one, sampler=one.old + 0.7 * rng.normal(size=len(one.old))) for one in sequences]
+
+    def told(cap: float | None) -> dict[str, float]:
+        loss = make_policy_loss(given, Surrogate(importance_cap=cap))
+        _, sums = loss(jnp.asarray(lie(now, PACKED, 32)), jax.tree.map(jnp.asarray, pack(noisy, PACKED, 32)))
+        return policy_metrics({"loss": 0.0, **{name: float(one) for name, one in sums.items()}}, 1)
+
+    ratio = np.exp(np.concatenate([(one.old - one.sampler)[one.mask == 1] for one in noisy]))
+    wanted = {f"ratio/{name}": getattr(np.minimum(ratio, 1.5), name)() for name in ("min", "mean", "max")}
+    wanted["truncated"] = (ratio > 1.5).mean()
+    assert 0.1 < wanted["truncated"] < 0.9
+    found = told(1.5)
+    assert {name: found[f"sampling/importance_sampling_{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    assert found.keys() - told(None).keys() == {f"sampling/importance_sampling_{name}" for name in wanted}
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +251,9 @@ def assert_close(found, wanted) -> None:
         assert float(jnp.linalg.norm(one - other)) <= TOLERANCE * max(1.0, float(jnp.linalg.norm(other)))
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_packing_and_padding_change_nothing(params, sequences, gradients, level):
-    compute = gradients(Surrogate(beta=0.1, level=level))
+@pytest.mark.parametrize(("level", "cap"), [("token", None), ("sequence", None), ("token", 1.5)])
+def test_packing_and_padding_change_nothing(params, sequences, gradients, level, cap):
+    compute = gradients(Surrogate(beta=0.1, level=level, importance_cap=cap))
     (value, sums), wanted = compute(params, pack(sequences, PACKED, 32))
     (other, others), found = compute(params, pack(sequences, [[number] for number in range(5)] + [[]], 40))
     np.testing.assert_allclose(other, value, rtol=1e-5)

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.objectives.policy_gradient import clipped_surrogate, is_clipped, k3_divergence, sequence_mean
+from r1jax.objectives.policy_gradient import (
+    clipped_surrogate,
+    is_clipped,
+    k3_divergence,
+    sequence_mean,
+    truncated_importance,
+)
 
 
 def one_row(*values: float):
@@ -45,6 +51,24 @@ def test_the_divergence_by_hand():
     p, q = jnp.asarray([0.7, 0.3]), jnp.asarray([0.4, 0.6])
     estimate = jnp.sum(p * k3_divergence(jnp.log(q / p)[None])[0])
     np.testing.assert_allclose(estimate, jnp.sum(p * jnp.log(p / q)), rtol=1e-6)
+
+
+def test_the_importance_by_hand():
+    """Ratios 1/2, 1, 3/2, 4 and those of sure and impossible tokens, at most 2; 1 is exact; there is no gradient."""
+    log_ratio = one_row(math.log(0.5), 0.0, math.log(1.5), math.log(4), math.inf, -math.inf)
+    found = truncated_importance(log_ratio, 2.0)
+    np.testing.assert_allclose(found, [[0.5, 1.0, 1.5, 2.0, 2.0, 0.0]], rtol=1e-6, atol=1e-8)
+    assert float(found[0, 1]) == 1.0 and float(found[0, 5]) > 0.0
+    slope = jax.grad(lambda x: truncated_importance(x, 2.0).sum())(one_row(0.1, 3.0))
+    assert slope.tolist() == [[0.0, 0.0]]
+
+
+def test_a_mean_over_the_sampler_becomes_one_over_the_trainer():
+    """What the weight is for: sum q * min(p / q, cap) * f is sum p * f while no ratio is above the cap."""
+    p, q, f = jnp.asarray([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25], [1.0, -2.0, 5.0]])
+    weights = truncated_importance(jnp.log(p / q)[None], 2.0)[0]
+    np.testing.assert_allclose(jnp.sum(q * weights * f), jnp.sum(p * f), rtol=1e-6)
+    assert float(jnp.sum(q * truncated_importance(jnp.log(p / q)[None], 1.2)[0])) < 0.99
 
 
 def test_the_mean_of_each_document():

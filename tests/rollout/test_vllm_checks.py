@@ -49,7 +49,7 @@ def answers(**routes):
 
 
 STATE = {
-    "ok": True, "instance": "one", "version": None, "torn": False, "sync_dir": "/nowhere", "vllm": "0.0",
+    "ok": True, "version": None, "torn": False, "sync_dir": "/nowhere", "vllm": "0.0",
     "dtype": "float32", "logprobs_mode": "raw_logprobs", "max_model_len": 64, "vocab_size": 40, "hidden_size": 32,
     "num_layers": 2,
 }  # fmt: skip
@@ -76,10 +76,6 @@ STATE = {
             {"models": MODELS, "collective_rpc": {"results": [{"ok": False, "error": "quantization: need none"}]}},
             "need r1jax's worker extension in http.*, got r1jax_state: quantization: need none",
         ),
-        (
-            {"models": MODELS, "collective_rpc": {"results": [STATE | {"instance": ""}]}},
-            "need a name of the process in",
-        ),
         ({"models": MODELS, "collective_rpc": {"results": [STATE | {"torn": True}]}}, "need whole weights at http"),
         (
             {"models": MODELS, "collective_rpc": {"results": [STATE]}},
@@ -90,6 +86,13 @@ STATE = {
 def test_something_else_listens(configs, routes, line):
     with listening(answers(health={}, **routes)) as server, pytest.raises(UserError, match=line):
         check(configs, server.url)
+
+
+def test_a_server_without_a_name_cannot_be_told_from_a_restarted_one(configs):
+    with listening(answers(health={}, models=MODELS, collective_rpc={"results": [STATE]})) as server:
+        server.instance = ""
+        with pytest.raises(UserError, match=r"need a name of the process in http.*, got none; start it with launch"):
+            check(configs, server.url)
 
 
 def test_raw_log_probabilities_are_found_out(configs):

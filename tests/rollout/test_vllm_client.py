@@ -1,191 +1,91 @@
-"""The client against servers that misbehave: nothing is lost, doubled, believed unseen, or waited for without end."""
+"""Calls to servers, from one thread and ended by another."""
 
-import dataclasses
+import asyncio
 import threading
 import time
 
 import pytest
 
-from r1jax.config.errors import RunFailure, UserError
-from r1jax.rollout.settings import SamplingSettings
-from r1jax.rollout.vllm_client import Limits, ServerChanged, VllmClient, check_urls
-from r1jax.rollout.vllm_requests import group_seed
-from tests.rollout.http_server import HANG, HANG_UP, TRICKLE, completion, listening
+from r1jax.config.errors import UserError
+from r1jax.rollout.vllm_client import Limits, VllmClient, check_urls
+from r1jax.rollout.vllm_http import Failure
+from tests.rollout.http_server import HANG, HANG_UP, listening
 
-SETTINGS = SamplingSettings(max_new_tokens=4, stop_ids=(2,), seed=7, temperature=0.7)
-QUICK = Limits(request_seconds=20, connect_seconds=20, num_retries=3, first_pause=0.01)
-IMPATIENT = dataclasses.replace(QUICK, request_seconds=0.5)
-PROMPTS = [[1, 5, 6], [1, 7], [1, 8, 9, 10]]
+QUICK = Limits(control_seconds=20, connect_seconds=20)
 
 
-def draw(client, prompts=PROMPTS, num_generations=4, settings=SETTINGS, ids=None):
-    ids = range(10, 10 + len(prompts)) if ids is None else ids
-    drawn = client.sample(
-        prompts, ids, settings, num_generations=num_generations, step=5, model="policy", vocab_size=40, version=3
-    )
-    return [[one.token_ids.tolist() for one in group] for group in drawn]
+def rpc(client, method="r1jax_state", *args):
+    return client.run(lambda clients: clients.rpc(client.servers[0], method, *args))
 
 
-def expected(prompts=PROMPTS, num_generations=4):
-    """Sample k of a prompt is drawn with the prompt's seed + k, however requests are cut."""
-    seeds = [group_seed(7, 5, 10 + row) for row in range(len(prompts))]
-    return [[[(seed + k) % 30 + 3, 2] for k in range(num_generations)] for seed in seeds]
-
-
-def first_of(kinds, otherwise=completion):
-    """Answers the first requests as `kinds` say."""
-
-    def answer(path, body, number):
-        return kinds[number] if number < len(kinds) else otherwise(path, body, number)
-
-    return answer
-
-
-def test_samples_come_in_order_with_their_numbers():
-    with listening(completion) as server:
-        client = VllmClient([server.url], "the key", limits=QUICK)
-        assert draw(client) == expected()
-        drawn = client.sample(
-            PROMPTS[:1], [3], SETTINGS, num_generations=1, step=None, model="policy", vocab_size=40, version=3
-        )
-    one = drawn[0][0]
-    assert (one.logprobs.tolist(), one.finish_reason, one.version) == ([-0.5, -0.25], "stop", 3)
-    assert {header["Authorization"] for header in server.headers} == {"Bearer the key"}
-    asked = server.asked("/v1/completions")
-    assert {body["n"] for body in asked[:3]} == {4}
-    assert {body["ignore_eos"] for body in asked} == {True}
-    assert asked[0]["stop_token_ids"] == [2] and asked[0]["temperature"] == 0.7
-    assert client.counts == {}
-
-
-def test_cutting_groups_changes_no_sample():
-    with listening(completion) as server:
-        narrow = VllmClient([server.url], "k", limits=Limits(in_flight=3))
-        assert draw(narrow, num_generations=7) == expected(num_generations=7)
-    assert sorted(body["n"] for body in server.asked("/v1/completions")) == [1, 1, 1, 3, 3, 3, 3, 3, 3]
-
-
-def test_servers_share_the_work_and_the_bound_holds():
-    def slowly(path, body, number):
-        time.sleep(0.05)
-        return completion(path, body, number)
-
-    prompts = [[1, token] for token in range(12)]
-    with listening(slowly) as one, listening(slowly) as two:
-        client = VllmClient([one.url, two.url], "k", limits=Limits(in_flight=4))
-        assert draw(client, prompts, num_generations=2) == expected(prompts, 2)
-        # A group alone is cut, so that both have something to do.
-        assert draw(client, [[1, 2]], num_generations=4) == expected([[1, 2]], 4)
-    assert [len(server.requests) for server in (one, two)] == [7, 7]
-    assert max(one.most_at_once, two.most_at_once) <= 2
-
-
-def test_processes_begin_with_different_servers():
-    with listening(completion) as one, listening(completion) as two:
-        for process, server in enumerate((one, two, one)):
-            before = len(server.requests)
-            draw(VllmClient([one.url, two.url], "k", first_server=process), [[1, 2]], num_generations=1)
-            assert len(server.requests) == before + 1
+def test_a_call_of_a_method_gives_the_first_workers_answer_and_who_answered():
+    results = {"results": [{"ok": True, "version": 3}, {"ok": True, "version": 4}]}
+    with listening(lambda *_: results) as server:
+        found = rpc(VllmClient([server.url + "/"], "the key", limits=QUICK), "r1jax_digest", "a name")
+    assert found == {"ok": True, "version": 3, "instance": "one"}
+    body = {"method": "r1jax_digest", "args": ["a name"], "timeout": 20}
+    assert server.requests == [("/collective_rpc", body)]
+    assert server.headers[0]["Authorization"] == "Bearer the key"
 
 
 @pytest.mark.parametrize(
-    ("bad", "kind"),
+    ("reply", "kind"),
     [
-        (HANG, "timeout"),
-        (TRICKLE, "timeout"),
-        (HANG_UP, "connection"),
-        ((500, b"{}"), "status"),
-        ((503, b"<html>"), "status"),
-        ((429, b'{"error": "busy"}'), "status"),
-        ((200, b"<html>"), "malformed"),
+        ({"results": [{"ok": True}, {"ok": False, "error": "no room"}]}, "refused"),
+        ({"results": []}, "malformed"),
+        ({"results": ["ok"]}, "malformed"),
+        ([], "malformed"),
         ((200, b""), "malformed"),
-        ((200, b"[" * 100_000), "malformed"),
-        ({"choices": []}, "malformed"),
-        ({"choices": [None] * 4}, "malformed"),
+        ((404, b"{}"), "refused"),
+        ((503, b"{}"), "status"),
+        (HANG_UP, "connection"),
     ],
 )
-def test_a_failed_request_is_asked_again_and_counted(bad, kind):
-    with listening(first_of([bad])) as server:
-        client = VllmClient([server.url], "k", limits=IMPATIENT if kind == "timeout" else QUICK)
-        assert draw(client, PROMPTS[:1]) == expected(PROMPTS[:1])
-    assert client.counts == {kind: 1, "retries": 1}
-    first, second = server.asked("/v1/completions")
-    assert first == second
+def test_what_is_no_answer_has_a_kind(reply, kind):
+    with listening(lambda *_: reply) as server, pytest.raises(Failure) as failed:
+        rpc(VllmClient([server.url], "k", limits=QUICK))
+    assert failed.value.kind == kind and failed.value.url == server.url
 
 
-def test_a_dead_server_is_left_for_the_others():
-    with listening(lambda *_: HANG_UP) as dead, listening(completion) as alive:
-        client = VllmClient([dead.url, alive.url], "k", limits=QUICK)
-        prompts = [[1, token] for token in range(20)]
-        assert draw(client, prompts, num_generations=2) == expected(prompts, 2)
-    # All that was sent there at first came back; nothing is sent again within its rest.
-    assert client.counts["connection"] == client.counts["retries"] == len(dead.requests)
-    assert len(alive.asked("/v1/completions")) == 20
+def test_each_asks_the_servers_in_use_and_one_that_fails_ends_the_others():
+    def answered(client):
+        return client.run(lambda clients: clients.each(lambda server: clients.rpc(server, "r1jax_state")))
+
+    fine = {"results": [{"ok": True}]}
+    with listening(lambda *_: fine) as one, listening(lambda *_: HANG) as two, listening(lambda *_: HANG_UP) as three:
+        client = VllmClient([one.url, two.url, three.url], "k", limits=QUICK)
+        start = time.monotonic()
+        with pytest.raises(Failure):
+            answered(client)
+        assert time.monotonic() - start < 8  # not the 20 s of the one that hangs
+        client.servers[1].absent = client.servers[2].absent = True
+        assert [state["ok"] for state in answered(client)] == [True]
+        assert (len(one.requests), len(two.requests), len(three.requests)) == (2, 1, 1)
 
 
-def test_an_answer_that_comes_too_late_is_not_taken():
-    """The slow answer of the first try, had it been taken, would be a second one."""
-    done = threading.Event()
-
-    def late(path, body, number):
-        if number:
-            return completion(path, body, number)
-        done.wait(5)
-        late_one = completion(path, body, number)
-        for choice in late_one["choices"]:
-            choice["token_ids"] = [39, 2]
-        return late_one
-
-    with listening(late) as server:
-        client = VllmClient([server.url], "k", limits=IMPATIENT)
-        found = draw(client, PROMPTS[:1])
-        done.set()
-    assert found == expected(PROMPTS[:1])
-
-
-def test_without_an_answer_the_run_ends_in_one_line():
-    with listening(lambda *_: (500, b'{"error": {"message": "CUDA error"}}')) as server:
+def test_another_thread_ends_a_call_and_all_later_ones():
+    with listening(lambda path, body, number: {"results": [{"ok": True}]} if number else HANG) as server:
         client = VllmClient([server.url], "k", limits=QUICK)
-        with pytest.raises(
-            RunFailure, match=r"no answer for prompt 10 at step 5, samples 0 to 3, in 4 tries"
-        ) as failed:
-            draw(client, PROMPTS[:1])
-    assert "/v1/completions answered 500: 'CUDA error'" in str(failed.value)
-    assert client.counts == {"status": 4, "retries": 3}
+        ends = []
 
+        def call():
+            try:
+                rpc(client)
+            except BaseException as error:
+                ends.append(error)
 
-def test_what_a_server_refuses_is_not_asked_again():
-    with listening(lambda *_: (400, b'{"error": "max_tokens is too large"}')) as server:
-        client = VllmClient([server.url], "k", limits=QUICK)
-        with pytest.raises(RunFailure, match=r"in 1 tries; .* answered 400: 'max_tokens is too large'"):
-            draw(client, PROMPTS[:1])
-    assert len(server.requests) == 1
-
-
-def test_nobody_listens():
-    with listening(completion) as server:
-        url = server.url
-    with pytest.raises(RunFailure, match=r"in 4 tries"):
-        draw(VllmClient([url], "k", limits=QUICK), PROMPTS[:1])
-
-
-def test_a_server_that_was_started_again_is_no_longer_believed():
-    with listening(completion) as server:
-        client = VllmClient([server.url], "k", limits=QUICK)
-        client.servers[0].instance = "one"
-        assert draw(client) == expected()
-        server.instance = "two"
-        with pytest.raises(ServerChanged, match=r"was started again since it got its weights") as changed:
-            draw(client)
-    assert changed.value.url == server.url
-
-
-def test_a_greedy_group_is_one_sample_many_times():
-    greedy = SamplingSettings(max_new_tokens=4, stop_ids=(2,), temperature=0)
-    with listening(completion) as server:
-        found = draw(VllmClient([server.url], "k"), PROMPTS[:1], 3, greedy)
-    assert found[0][0] == found[0][1] == found[0][2]
-    assert [body["n"] for body in server.asked("/v1/completions")] == [1]
+        thread = threading.Thread(target=call)
+        thread.start()
+        while not server.requests:
+            time.sleep(0.01)
+        start = time.monotonic()
+        client.close()
+        thread.join(10)
+        assert not thread.is_alive() and time.monotonic() - start < 8
+        assert [type(error) for error in ends] == [asyncio.CancelledError]
+        with pytest.raises(asyncio.CancelledError):
+            rpc(client)
+        client.close()  # there is nothing left to end
 
 
 @pytest.mark.parametrize(

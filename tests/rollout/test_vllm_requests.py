@@ -1,9 +1,10 @@
 import copy
+import dataclasses
 
 import pytest
 
 from r1jax.rollout.settings import SamplingSettings
-from r1jax.rollout.vllm_requests import Malformed, Piece, body_of, group_seed, pieces_of, samples_of
+from r1jax.rollout.vllm_requests import Malformed, Piece, body_of, group_seed, pieces_of, request_digest, samples_of
 
 SETTINGS = SamplingSettings(max_new_tokens=3, stop_ids=(2, 9), seed=7, temperature=0.7)
 PIECE = Piece(prompt=(1, 5), prompt_id=4, first=2, count=2, step=11)
@@ -119,8 +120,20 @@ def test_a_samples_seed_is_that_of_its_group_and_its_number():
     assert group_seed(2**32 - 1, 2**31, 2**31) == group_seed(2**32 - 1, 2**31, 2**31)
 
 
-def test_groups_are_cut_into_pieces():
-    pieces = pieces_of([[1], [2]], [8, 9], 5, 3, 2)
+def test_what_is_missing_of_groups_is_cut_into_pieces():
+    pieces = pieces_of([[1], [2], [3]], [8, 9, 7], [range(5), [0, 2, 3, 4, 6], []], 3, 2)
     assert [(piece.prompt_id, piece.first, piece.count) for piece in pieces] == [
-        (8, 0, 2), (8, 2, 2), (8, 4, 1), (9, 0, 2), (9, 2, 2), (9, 4, 1),
+        (8, 0, 2), (8, 2, 2), (8, 4, 1), (9, 0, 1), (9, 2, 2), (9, 4, 1), (9, 6, 1),
     ]  # fmt: skip
+
+
+def test_a_digest_is_of_all_that_a_sample_depends_on_but_the_weights():
+    digest = request_digest([1, 5], SETTINGS, 3)
+    assert digest == request_digest((1, 5), SETTINGS, 3)
+    hotter = dataclasses.replace(SETTINGS, temperature=0.9)
+    others = {
+        request_digest([1, 6], SETTINGS, 3),
+        request_digest([1, 5], hotter, 3),
+        request_digest([1, 5], SETTINGS, 4),
+    }
+    assert len(others | {digest}) == 4

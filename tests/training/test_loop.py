@@ -14,7 +14,7 @@ import pytest
 
 from r1jax.batch import PackedBatch
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
-from r1jax.config.errors import RunFailure
+from r1jax.config.errors import ResumableFailure, RunFailure
 from r1jax.config.optimizer import OptimizerConfig
 from r1jax.config.run import RunSettings
 from r1jax.objectives.sft import nll_metrics
@@ -72,8 +72,18 @@ class Number:
         return self.value
 
 
-def counting_run(folder: Path, rhythm: Cadence, *, losses: dict[int, float] | None = None, evaluate: bool = False):
-    """(what happened, in order; updates done) of six steps whose loss after update n is n, or what `losses` says."""
+def counting_run(
+    folder: Path,
+    rhythm: Cadence,
+    *,
+    losses: dict[int, float] | None = None,
+    evaluate: bool = False,
+    fails: dict[str, RunFailure] | None = None,
+):
+    """(what happened, in order; updates done) of six steps whose loss after update n is n, or what `losses` says.
+
+    fails: what is raised before an update ("step 4") or instead of an evaluation ("evaluate").
+    """
     events: list[str] = []
 
     def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, Any]]:
@@ -85,7 +95,17 @@ def counting_run(folder: Path, rhythm: Cadence, *, losses: dict[int, float] | No
 
     def measure(state: TrainState) -> dict[str, float]:
         events.append("evaluate")
+        fail("evaluate")
         return {"eval_loss": 0.5}
+
+    def fail(what: str) -> None:
+        if fails and what in fails:
+            raise fails[what]
+
+    def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
+        for one in given:
+            fail(f"step {one.step + 1}")
+            yield one
 
     fields = [field.name for field in dataclasses.fields(PackedBatch)]
     batches = [PackedBatch(**dict.fromkeys(fields, n)) for n in range(STEPS)]
@@ -94,7 +114,7 @@ def counting_run(folder: Path, rhythm: Cadence, *, losses: dict[int, float] | No
     tasks = loop.Tasks(evaluate=measure if evaluate else None, save=lambda done, state: events.append(f"save {done}"))
     with recording(folder) as recorder:
         try:
-            _, done = loop.run(state, lambda now: given, step, cadence=rhythm, recorder=recorder, tasks=tasks)
+            _, done = loop.run(state, inputs, step, cadence=rhythm, recorder=recorder, tasks=tasks)
         except RunFailure as failure:
             return events, failure
     return events, done
@@ -142,6 +162,44 @@ def test_a_broken_step_is_named_and_never_saved(tmp_path):
     assert "save 4" not in events and "step 5" not in events
     _, failure = counting_run(tmp_path, cadence(logging=None), losses={5: float("inf")})
     assert str(failure).startswith("loss: need a finite number, got inf at step 5; ")
+
+
+LOST = ResumableFailure("no server came back")
+
+
+@pytest.mark.parametrize(
+    ("what", "done", "saving", "saved"),
+    [
+        ("step 4", 3, 5, ["save 3"]),
+        ("step 4", 3, 3, ["save 3"]),  # it is there already
+        ("step 6", 5, 3, ["save 3", "save 5"]),
+        ("step 1", 0, 3, []),  # nothing was done
+        ("step 4", 3, None, []),
+        ("evaluate", 2, 3, ["save 2"]),
+        ("evaluate", 2, 2, ["save 2"]),  # due at this very step
+    ],
+)
+def test_a_failure_that_leaves_the_state_whole_is_raised_on_when_it_is_saved(tmp_path, what, done, saving, saved):
+    rhythm = cadence(logging=None, evaluation=2, saving=saving)
+    events, failure = counting_run(tmp_path, rhythm, evaluate=what == "evaluate", fails={what: LOST})
+    assert failure is LOST
+    assert [event for event in events if event.startswith("save")] == saved
+    assert f"step {done + 1}" not in events
+    # Every update's loss was looked at before the state was kept.
+    assert [event for event in events if event.startswith("read")] == [f"read {n}" for n in range(1, done + 1)]
+
+
+def test_a_broken_update_is_not_saved_for_a_failure_after_it(tmp_path):
+    fails: dict[str, RunFailure] = {"step 4": LOST}
+    events, failure = counting_run(tmp_path, cadence(None, None, 5), losses={3: float("nan")}, fails=fails)
+    assert str(failure).startswith("loss: need a finite number, got nan at step 3; ")
+    assert not [event for event in events if event.startswith("save")]
+
+
+def test_another_failure_saves_nothing(tmp_path):
+    fails = {"step 4": RunFailure("memory ran out")}
+    events, failure = counting_run(tmp_path, cadence(logging=None, saving=5), fails=fails)
+    assert failure is fails["step 4"] and not [event for event in events if event.startswith("save")]
 
 
 # A real step, for what must come back after an interruption.

@@ -54,9 +54,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(model: Path, folder: Path, *options: str) -> Iterator[Server]:
+def serving(model: Path, folder: Path, *options: str, port: int | None = None) -> Iterator[Server]:
     """A server of the model that answers; it is gone afterwards."""
-    port, log = free_port(), folder / "server.log"
+    port, log = port or free_port(), folder / "server.log"
     command = [str(ROOT / "launch" / "vllm_server.sh"), str(model), "--port", str(port), *OPTIONS, *options]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -67,6 +67,7 @@ def serving(model: Path, folder: Path, *options: str) -> Iterator[Server]:
         _wait(server)
         yield server
     finally:
+        process.send_signal(signal.SIGCONT)  # one that a test has stopped hears nothing else
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(90)

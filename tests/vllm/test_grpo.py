@@ -1,11 +1,14 @@
 """GRPO whose completions a real vLLM server draws, with weights pushed before every generation."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.vllm.server import ROOT, Server
@@ -46,23 +49,73 @@ def train(
     return subprocess.run([*command, *words], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
-def test_two_steps_on_a_server(server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]):
-    """The second step's completions are of the weights that the first one made, to the last bits of float32."""
-    done = train(tmp_path, assets, smollm2, server)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "mismatch_kl" in row]
-    assert len(steps) == 2
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The rows of the run's steps."""
+    rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "mismatch_kl" in row]
+
+
+def completions(folder: Path) -> dict[str, np.ndarray]:
+    """The columns of all completions."""
+    tables = [pq.read_table(path) for path in sorted((folder / "out" / "completions").glob("*.parquet"))]
+    names = ("completion_tokens", "truncated", "reasoning_steps_by_line_reward")
+    return {name: np.concatenate([np.asarray(table[name], float) for table in tables]) for name in names}
+
+
+def test_five_steps_are_those_of_the_embedded_engine(
+    server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]
+):
+    """Each step's completions are of the weights that the one before made, to the last bits of float32; prompts and
+    policy are the same with the embedded engine, the random numbers are not: what is measured differs by chance alone.
+    """
+    engines = {"vllm": tmp_path / "vllm", "jax": tmp_path / "jax"}
+    for engine, folder in engines.items():
+        folder.mkdir()
+        run = {"rollout_engine": engine, "max_steps": 5, "num_generations": 8, "learning_rate": 5e-6}
+        done = train(folder, assets, smollm2, server, per_device_train_batch_size=16, max_completion_length=32, **run)
+        assert done.returncode == 0, done.stderr[-3000:]
+    steps = logged(engines["vllm"])
+    assert len(steps) == 5
     for row in steps:
         assert abs(row["mismatch_kl"]) < 1e-5
         assert row["sampling/sampling_logp_difference/max"] < 1e-3
+        assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+        assert row["sampling/staleness/max"] == 0
         seconds = f"sync {row['time/sync']:.1f} s, rollout {row['time/rollout']:.1f} s"
         report.append(f"GRPO through vLLM: mismatch_kl {row['mismatch_kl']:.1e}, {seconds}")
-    # Weights did move: the second generation was drawn with version 1.
-    assert server.rpc("r1jax_state")["version"] == 1
+    assert [row["sampling/weight_version"] for row in steps] == [0, 1, 2, 3, 4]
+    assert server.rpc("r1jax_state")["version"] == 4
     assert steps[0]["grad_norm"] > 0
     folder = Path(server.rpc("r1jax_state")["sync_dir"])
     assert list(folder.iterdir()) == []
+    assert not (engines["vllm"] / "out" / "journal").exists()
+    ours, theirs = completions(engines["jax"]), completions(engines["vllm"])
+    for name in ours:
+        one, other = ours[name], theirs[name]
+        error = math.sqrt((one.var(ddof=1) + other.var(ddof=1)) / len(one))
+        assert len(one) == len(other) == 80
+        assert abs(one.mean() - other.mean()) < 4 * error + 1e-9, name
+        report.append(f"{name}: jax {one.mean():.3f}, vllm {other.mean():.3f}, standard error of the gap {error:.3f}")
+    entropies = [np.array([row["entropy"] for row in logged(folder)]) for folder in engines.values()]
+    gap = abs(entropies[0].mean() - entropies[1].mean())
+    assert gap < 4 * math.sqrt((entropies[0].var(ddof=1) + entropies[1].var(ddof=1)) / 5)
+    report.append(f"entropy of five steps: jax {entropies[1].mean():.3f}, vllm {entropies[0].mean():.3f}")
+
+
+def test_the_next_generation_is_drawn_meanwhile(
+    server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]
+):
+    """One generation ahead: its weights are one update old, never older, and the correction sees it."""
+    done = train(tmp_path, assets, smollm2, server, rollout_async_depth=1, max_steps=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = logged(tmp_path)
+    assert [row["sampling/staleness/max"] for row in steps] == [0, 1, 1, 1]
+    assert [row["sampling/weight_version"] for row in steps] == [0, 0, 1, 2]
+    assert abs(steps[0]["mismatch_kl"]) < 1e-5
+    # A learning rate of 1e-4 moves the policy: the samples are another one's, and the log says so.
+    assert all(row["mismatch_kl"] > 1e-5 for row in steps[1:])
+    assert all(row["sampling/importance_sampling_ratio/max"] > 1.001 for row in steps[1:])
+    report.append("one generation ahead: mismatch_kl " + ", ".join(f"{row['mismatch_kl']:.1e}" for row in steps))
 
 
 def test_a_server_of_another_length_is_refused_before_anything_is_written(
@@ -78,10 +131,9 @@ def test_two_trainer_processes_share_a_server(
     server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]
 ):
     """Each has its own prompts drawn; the weights are gathered by both and pushed by the first."""
-    done = train(tmp_path, assets, smollm2, server, processes=2, per_device_train_batch_size=4)
+    done = train(tmp_path, assets, smollm2, server, processes=2, per_device_train_batch_size=4, max_steps=5)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    found = [abs(row["mismatch_kl"]) for row in rows if "mismatch_kl" in row]
-    assert len(found) == 2 and max(found) < 1e-5
-    assert server.rpc("r1jax_state")["version"] == 1
+    found = [abs(row["mismatch_kl"]) for row in logged(tmp_path)]
+    assert len(found) == 5 and max(found) < 1e-5
+    assert server.rpc("r1jax_state")["version"] == 4
     report.append(f"GRPO through vLLM from two processes: mismatch_kl {max(found):.1e} at most")

@@ -12,6 +12,7 @@ from r1jax.rollout.settings import SamplingSettings
 from r1jax.rollout.vllm_client import Limits, ServerChanged, VllmClient
 from r1jax.rollout.vllm_engine import VllmEngine
 from r1jax.rollout.vllm_key import read_key
+from r1jax.rollout.vllm_router import draw_samples
 from tests.vllm.conftest import Trainer
 from tests.vllm.server import Server
 
@@ -87,8 +88,15 @@ def test_both_routes_and_any_cut_draw_the_same_samples(server: Server, trainer: 
         found = made.generate(PROMPTS[:1], [5], num_generations=6, step=3)[0]
         drawn.append([one.tokens.tolist() for one in found])
         narrow = VllmClient([server.url], read_key(), limits=Limits(in_flight=2))
-        cut = narrow.sample(
-            PROMPTS[:1], [5], SETTINGS, num_generations=6, step=3, model="policy", vocab_size=trainer.config.vocab_size
+        cut = draw_samples(
+            narrow,
+            PROMPTS[:1],
+            [5],
+            SETTINGS,
+            num_generations=6,
+            step=3,
+            model="policy",
+            vocab_size=trainer.config.vocab_size,
         )
         drawn.append([[*PROMPTS[0], *one.token_ids.tolist()] for one in cut[0]])
         made.close()

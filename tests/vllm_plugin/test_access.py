@@ -81,7 +81,7 @@ def test_the_key_opens_and_health_needs_none_and_answers_carry_the_process(folde
     door = RequireKey(inner)
     for path, headers in (("/v1/completions", AUTHORIZED), ("/health", []), ("/ping", []), ("/metrics", [])):
         status, found, body = request(door, path, headers)
-        assert (status, body, found) == (200, b"inside", {b"inner": b"yes", b"x-r1jax-instance": b"abc"})
+        assert (status, body, found) == (200, b"inside", {b"inner": b"yes", b"x-r1jax-instance": b"abc.0"})
 
 
 def test_websockets_need_the_key_and_other_kinds_stay_out(folder):

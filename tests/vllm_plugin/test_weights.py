@@ -53,6 +53,15 @@ def test_prepared_weights_are_applied(weights):
     assert (weights.model.a.weight == 2).all() and (weights.model.b.weight == 2).all()
 
 
+def test_another_runs_file_takes_the_place_of_the_last_ones(weights):
+    """A trainer that was killed removes nothing; its own file is written over, from version to version."""
+    for name, version in (("first.safetensors", 3), ("first.safetensors", 4), ("second.safetensors", 0)):
+        weights.prepare(write(weights, tensors(), str(version), name), version)
+        assert os.path.exists(os.path.join(weights.folder, "first.safetensors"))
+        weights.apply(version)
+    assert os.listdir(weights.folder) == ["second.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("content", "version", "line"),
     [

@@ -1,0 +1,194 @@
+"""A GRPO run, from top to bottom."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from r1jax.config import RunConfig
+from r1jax.config.folders import check_folder
+from r1jax.experience import storage
+from r1jax.experience.collect import Collector
+from r1jax.experience.observer import Observer
+from r1jax.experience.task import Task, read_task
+from r1jax.grpo.collecting import evaluate_policy, make_collector, make_generations, open_graders
+from r1jax.grpo.sampling import cache_bytes, open_engine, open_journal
+from r1jax.grpo.steps import make_steps
+from r1jax.models.flops import mean_visible_keys, train_flops_per_token
+from r1jax.objectives.grpo import policy_metrics
+from r1jax.rollout import journal
+from r1jax.rollout.journal import Journal, Label
+from r1jax.sharding.mesh import data_shards, make_mesh
+from r1jax.trackers.open import check_trackers
+from r1jax.training import loop
+from r1jax.training.cadence import make_cadence
+from r1jax.training.memory import estimate_memory, out_of_memory_named
+from r1jax.training.opening import Opening, begin_writing, opened
+from r1jax.training.order import DataOrder, data_order
+from r1jax.training.profiling import profiled
+from r1jax.training.reference import Reference
+from r1jax.training.resume import restore_beside
+from r1jax.training.saving import Keeper
+from r1jax.training.source import Source, first_params, read_source
+from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
+
+
+def run(config: RunConfig) -> None:
+    """Trains, evaluates, saves and exports into config.run.output_dir; goes on where an earlier run stopped."""
+    # 1. Everything that can be refused is refused before a device holds anything or the folder is made.
+    check_folder("output_dir", config.run.output_dir)
+    check_trackers(config.reporting)
+    source = read_source(config)
+    mesh = make_mesh(config.mesh)
+    limit = source.decoder.max_position_embeddings
+    task = read_task(config, source.tokenizer, limit, data_shards(mesh))
+    order = data_order(config, data_shards(mesh), task.fingerprint_at, task.plan.num_completions)
+    layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
+    with opened(config, source) as opening:
+        if opening.start is not None:
+            order.check(opening.start.metadata)
+            storage.check(opening.start.metadata, with_reference=bool(config.grpo.beta))
+        samples, ahead = open_journal(config, opening)
+        with contextlib.closing(open_engine(config, source, layout, task, samples)) as engine:
+            # 2. The estimate comes before the compiler has its say.
+            estimate = estimate_memory(
+                config,
+                source.decoder,
+                layout,
+                task.geometry.row_length,
+                rows=task.geometry.rows_per_shard,
+                cache_bytes=cache_bytes(config, source, layout, task),
+            )
+            # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
+            state, reference, kept = begin(config, source, layout, task, order, opening)
+            # 4. Training, then the model as others read it.
+            keeper = begin_writing(config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics)
+            with (
+                contextlib.closing(keeper.recorder),
+                out_of_memory_named(estimate),
+                open_graders(config, task) as graders,
+            ):
+                collector = make_collector(config, source, task, graders, engine)
+                experience = Kept(batches=kept, ahead=ahead, journal=samples)
+                state, done = train_policy(
+                    config, source, layout, task, collector, state, reference, experience, keeper
+                )
+                if done == task.plan.num_steps:
+                    keeper.finish(done, state)
+                    if samples is not None and jax.process_index() == 0:
+                        samples.discard()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What an earlier process of the run has left of its experience."""
+
+    batches: dict[int, Any]
+    """By the step that uses them."""
+    ahead: Label | None
+    """The weights that the next generation was being drawn with."""
+    journal: Journal | None
+    """Of samples; None where they can be drawn again."""
+
+
+def begin(
+    config: RunConfig, source: Source, layout: StateLayout, task: Task, order: DataOrder, opening: Opening
+) -> tuple[TrainState, Reference | None, dict[int, Any]]:
+    """(the state, the reference if there is a KL term, the batches that a checkpoint has kept for its next steps)."""
+    start, reference, params = opening.start, None, None
+    if start is None or config.grpo.beta:
+        params = first_params(config, source, layout)
+    if config.grpo.beta:
+        reference = Reference(params, config.grpo, layout, config.model.compute_dtype)
+    if start is None:
+        return start_state(params, config.optimizer, layout), reference, {}
+    del params
+    beside = {
+        **(reference.abstract() if reference else {}),
+        **storage.abstract(start.metadata, layout.batch),
+    }
+    state, trees = restore_beside(start, opening.checkpoints, layout, order, beside)
+    if reference:
+        reference.take(trees)
+    return state, reference, storage.restored(trees, start.metadata, task.geometry, layout.batch)
+
+
+def train_policy(
+    config: RunConfig,
+    source: Source,
+    layout: StateLayout,
+    task: Task,
+    collector: Collector,
+    state: TrainState,
+    reference: Reference | None,
+    kept: Kept,
+    keeper: Keeper,
+) -> tuple[TrainState, int]:
+    """(the final state, updates done)."""
+    plan, output_dir = task.plan, Path(config.run.output_dir)
+    step, score = make_steps(config, source, layout, plan.num_steps)
+    cadence = make_cadence(config, plan.num_steps, plan.num_steps_per_epoch)
+
+    def shows(first: int) -> bool:
+        """Whether a step of the generation that begins with step `first` is logged."""
+        return any(map(cadence.logs, range(first, first + plan.steps_per_generation)))
+
+    observer = Observer(
+        config,
+        output_dir,
+        collector,
+        task.train,
+        shows,
+        start_step=int(state.step),
+        log_table=keeper.recorder.trackers.log_table,
+    )
+    generations = make_generations(config, layout, task, collector, score, reference, observer.observe, kept.batches)
+    generations.ahead = kept.ahead
+    whole = int(state.step)  # the checkpoint that is on disk when the next one begins
+
+    def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
+        for index in range(int(state.step), plan.num_steps):
+            if reference is not None:
+                reference.follow(index, now().params)
+            ready, metrics = generations.ready(index, now().params)
+            tokens = sum(ready.lengths)
+            yield loop.StepInput(
+                step=index,
+                batch=ready.batch,
+                num_tokens=tokens,
+                flops=tokens * train_flops_per_token(source.decoder, mean_visible_keys(ready.lengths)),
+                metrics={**metrics, "packing_efficiency": ready.efficiency},
+            )
+
+    def beside(done: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        nonlocal whole
+        trees, metadata = storage.stored(generations.kept)
+        if generations.ahead is not None:
+            metadata = {**metadata, journal.FOLDER: dataclasses.asdict(generations.ahead)}
+        if kept.journal is not None and jax.process_index() == 0:
+            kept.journal.discard_before(plan.step(whole)[0])
+        whole = done
+        return {**trees, **(reference.trees() if reference else {})}, metadata
+
+    def measure(now: TrainState) -> dict[str, float]:
+        generations.settle()
+        return keeper.measured(int(now.step), evaluate_policy(config, task, collector, now))
+
+    if config.reporting.eval_on_start and task.held_out is not None and int(state.step) == 0:
+        keeper.recorder.emit(0, measure(state))
+    with contextlib.closing(generations):
+        return loop.run(
+            state,
+            lambda now: profiled(inputs(now), config.run.profiled_steps(), output_dir / "profile"),
+            step,
+            cadence=cadence,
+            recorder=keeper.recorder,
+            tasks=loop.Tasks(
+                evaluate=measure if task.held_out is not None else None,
+                save=dataclasses.replace(keeper, beside=beside).save,
+                check=keeper.check,
+            ),
+        )
