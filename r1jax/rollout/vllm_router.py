@@ -136,6 +136,8 @@ class _Router:
                 # Through to the worker: the port alone answers for an engine that has stopped.
                 await self._clients.rpc(server, "r1jax_state", seconds=self._limits.pulse_seconds)
                 missed = 0
+                # Requests end within their own limit, which may be longer than ddp_timeout.
+                progress.report("rollout")
             except Failure as failure:
                 missed = missed + 1 if failure.kind == "timeout" else 0
         logger.warning("vllm: %s gives no sign of life; its requests are given up", server.url)

@@ -59,7 +59,7 @@ class WeightPush:
         if route == "file" and not all(self._folders):
             missing = next(server.url for server, ok in zip(client.in_use, seen, strict=True) if not ok)
             rule = f"the directory of {missing} to be seen from here"
-            raise need("vllm_weight_route", rule, "another machine's or another user's", "use upload, or a shared one")
+            raise need("route", rule, "another machine's or another user's", "use upload, or a shared one")
 
     @property
     def routes(self) -> list[str]:

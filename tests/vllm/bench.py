@@ -76,10 +76,12 @@ class Bench:
     host: Host
     proxy: Proxy
     report: list[str]
+    runs: list[Run] = dataclasses.field(default_factory=list)
 
     def start(self, name: str, **changes: Any) -> Run:
         key_file = self.host.up().key_file
-        return start(self.host.world, name, self.proxy.url, key_file, **changes)
+        self.runs.append(start(self.host.world, name, self.proxy.url, key_file, **changes))
+        return self.runs[-1]
 
     def note(self, fault: str, run: Run) -> None:
         """What is shown at the end: the run's last line where it failed, its first warning where it did not."""

@@ -34,7 +34,12 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 @pytest.fixture
 def bench(host: Host, report: list[str]) -> Iterator[Bench]:
     with proxying(host.up().url) as proxy:
-        yield Bench(host, proxy, report)
+        made = Bench(host, proxy, report)
+        try:
+            yield made
+        finally:
+            for run in made.runs:  # of a test that has failed
+                run.process.kill()
 
 
 @pytest.mark.parametrize("depth", [0, 1])
