@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 
 from tests.tiny import write_model, write_rows
@@ -90,6 +91,12 @@ class Run:
             for row in map(json.loads, path.read_text().splitlines()):
                 found[int(path.name.partition("-")[0]), row["prompt"], row["number"]] += 1
         return found
+
+    def shown(self) -> Counter[tuple[int, str]]:
+        """How many completions of each prompt stand in the tables of each step."""
+        tables = [pq.read_table(path) for path in (self.folder / "completions").glob("*.parquet")]
+        rows = [zip(table["step"].to_pylist(), table["prompt"].to_pylist(), strict=True) for table in tables]
+        return Counter(row for part in rows for row in part)
 
     @property
     def checkpoints(self) -> list[int]:

@@ -146,6 +146,34 @@ def test_a_server_that_only_talks_garbage_ends_the_run_which_can_go_on(bench: Be
     again(bench, "nonsense")
 
 
+def test_spoilt_answers_about_weights_are_not_believed(bench: Bench):
+    """Of a look, both phases of a push and the reset, one each: the weights may or may not have been loaded."""
+    at = {"r1jax_state": 6, "r1jax_prepare": 2, "r1jax_apply": 5, "/reset_prefix_cache": 3}
+    half = GARBAGE["half of the JSON"]
+    bench.proxy.rule = lambda asked: half if at.get(asked.kind) == asked.number else None
+    run = bench.start("control", max_steps=STEPS)
+    run.end()
+    trained(run)
+    assert run.total("recoveries") == 3 and len(bench.proxy.drawn()) == SAMPLES
+    bench.note("garbage about weights", run)
+
+
+@pytest.mark.parametrize("part", ["VLLM::Worker", "VLLM::EngineCore"])
+def test_a_server_that_loses_a_part_is_one_that_was_killed(bench: Bench, part: str):
+    """As the system does when memory runs out: kill -9 of one process, whatever the others make of it."""
+    bench.proxy.rule = at_group(7, lambda: bench.host.signal(signal.SIGKILL, {bench.host.pid(part)}), bench.proxy)
+    run = bench.start("part-" + part[-6:].lower(), max_steps=STEPS)
+    run.until("waiting up to")
+    bench.host.up().process.wait(60)  # vLLM ends with its engine
+    bench.host.down()
+    bench.host.up()
+    run.end()
+    trained(run)
+    assert run.total("recoveries") >= 1 and run.total("replayed") == GROUP
+    assert len(bench.proxy.drawn()) == SAMPLES and set(bench.proxy.drawn().values()) == {1}
+    bench.note(f"{part} killed", run)
+
+
 def test_another_model_behind_the_address_ends_the_run_which_can_go_on(bench: Bench):
     bench.proxy.rule = at_group(7, bench.host.kill, bench.proxy)
     run = bench.start("replaced", max_steps=STEPS)
@@ -293,6 +321,8 @@ def test_a_killed_trainer_neither_loses_nor_reuses_a_sample(bench: Bench, depth:
     trained(second, depth)
     assert untimed(second.rows())[: len(first)] == first
     assert len(bench.proxy.drawn()) == SAMPLES and set(bench.proxy.drawn().values()) == {1}
+    shown = second.shown()
+    assert len(shown) == STEPS * PROMPTS and set(shown.values()) == {GROUP}
     assert second.total("replayed") >= accepted - 3 * PROMPTS * GROUP
     # What the killed one has left in the servers' memory is gone too.
     assert list(bench.host.sync_dir.iterdir()) == []
