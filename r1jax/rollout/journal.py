@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from r1jax.config.folders import writing
-from r1jax.rollout.vllm_requests import Sample
+from r1jax.rollout.settings import SamplingSettings
+from r1jax.rollout.vllm_requests import Piece, Sample, group_seed, request_digest
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,48 @@ class Journal:
             path.unlink(missing_ok=True)
         if self._folder.is_dir() and not any(self._folder.iterdir()):
             self._folder.rmdir()
+
+
+class Page:
+    """A generation's part of the journal; of no journal, it knows nothing and keeps nothing."""
+
+    def __init__(
+        self,
+        journal: Journal | None,
+        label: Label | None,
+        earlier: Label | None,
+        step: int,
+        settings: SamplingSettings,
+    ) -> None:
+        self._journal, self._label, self._step, self._settings = journal, label, step, settings
+        self._taken = journal.taken(step, {label, earlier} - {None}) if journal is not None else {}
+
+    def known(self, prompt: Sequence[int], prompt_id: int, num_generations: int) -> dict[int, Sample]:
+        """The prompt's samples that are there already, by their number."""
+        if not self._taken:
+            return {}
+        requests = {number: self._request(prompt, prompt_id, number) for number in range(num_generations)}
+        return {number: self._taken[key] for number, key in requests.items() if key in self._taken}
+
+    def accept(self, piece: Piece, samples: list[Sample]) -> None:
+        """Keeps the samples."""
+        if self._journal is None or self._label is None:
+            return
+        entries = [
+            Entry(
+                prompt_id=piece.prompt_id,
+                number=number,
+                request=self._request(piece.prompt, piece.prompt_id, number),
+                label=self._label,
+                sample=sample,
+            )
+            for number, sample in enumerate(samples, start=piece.first)
+        ]
+        self._journal.append(self._step, entries)
+
+    def _request(self, prompt: Sequence[int], prompt_id: int, number: int) -> str:
+        seed = group_seed(self._settings.seed, self._step, prompt_id) + number
+        return request_digest(prompt, self._settings, seed)
 
 
 def _last_byte(path: Path) -> bytes:

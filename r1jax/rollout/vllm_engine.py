@@ -18,14 +18,14 @@ from r1jax.models.fingerprint import fingerprint
 from r1jax.models.parameters import Params
 from r1jax.rollout.distribution import reshapes, switches
 from r1jax.rollout.engine import EVALUATION, as_rollout
-from r1jax.rollout.journal import Entry, Journal, Label
+from r1jax.rollout.journal import Journal, Label, Page
 from r1jax.rollout.sampler import Completion, check_prompt
 from r1jax.rollout.settings import SamplingSettings
 from r1jax.rollout.vllm_checks import Expected
 from r1jax.rollout.vllm_client import ServersLost, VllmClient
 from r1jax.rollout.vllm_fleet import Fleet
 from r1jax.rollout.vllm_probe import PROBE_TOKENS, Probe, compare, tolerance
-from r1jax.rollout.vllm_requests import Piece, Sample, group_seed, request_digest
+from r1jax.rollout.vllm_requests import Sample
 from r1jax.rollout.vllm_router import draw_samples
 from r1jax.rollout.weight_push import PushTimes, Route
 
@@ -141,7 +141,7 @@ class VllmEngine:
         for row, prompt in enumerate(prompts):
             name = f"prompt {prompt_ids[row]}"
             check_prompt(prompt, self._config, settings.max_new_tokens, name, "max_completion_length")
-        page = _Page(self._journal if step < EVALUATION else None, self.label, self._earlier, step, settings)
+        page = Page(self._journal if step < EVALUATION else None, self.label, self._earlier, step, settings)
         known = [page.known(prompt, prompt_ids[row], num_generations) for row, prompt in enumerate(prompts)]
         self._client.counts["replayed"] += sum(map(len, known))
         if any(len(have) < num_generations for have in known):
@@ -211,48 +211,6 @@ class VllmEngine:
             temperature=self._settings.temperature or 1.0,
             tolerance=tolerance(self._dtype, self._fleet.found.dtype),
         )
-
-
-class _Page:
-    """A generation's part of the journal; of no journal, it knows nothing and keeps nothing."""
-
-    def __init__(
-        self,
-        journal: Journal | None,
-        label: Label | None,
-        earlier: Label | None,
-        step: int,
-        settings: SamplingSettings,
-    ) -> None:
-        self._journal, self._label, self._step, self._settings = journal, label, step, settings
-        self._taken = journal.taken(step, {label, earlier} - {None}) if journal is not None else {}
-
-    def known(self, prompt: Sequence[int], prompt_id: int, num_generations: int) -> dict[int, Sample]:
-        """The prompt's samples that are there already, by their number."""
-        if not self._taken:
-            return {}
-        requests = {number: self._request(prompt, prompt_id, number) for number in range(num_generations)}
-        return {number: self._taken[key] for number, key in requests.items() if key in self._taken}
-
-    def accept(self, piece: Piece, samples: list[Sample]) -> None:
-        """Keeps the samples."""
-        if self._journal is None or self._label is None:
-            return
-        entries = [
-            Entry(
-                prompt_id=piece.prompt_id,
-                number=number,
-                request=self._request(piece.prompt, piece.prompt_id, number),
-                label=self._label,
-                sample=sample,
-            )
-            for number, sample in enumerate(samples, start=piece.first)
-        ]
-        self._journal.append(self._step, entries)
-
-    def _request(self, prompt: Sequence[int], prompt_id: int, number: int) -> str:
-        seed = group_seed(self._settings.seed, self._step, prompt_id) + number
-        return request_digest(prompt, self._settings, seed)
 
 
 def _refuse_reshaped(settings: SamplingSettings, config: DecoderConfig) -> None:
