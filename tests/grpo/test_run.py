@@ -29,6 +29,7 @@ POLICY = {
     "clip_ratio/region_mean", "mismatch_kl", "sampling/sampling_logp_difference/mean",
     "sampling/sampling_logp_difference/max",
 }  # fmt: skip
+AGE = {"sampling/weight_version", "sampling/staleness/mean", "sampling/staleness/max"}
 TIMES = {f"time/{phase}" for phase in ("rollout", "rewards", "sync", "prepare", "update")}
 SPEED = {"tokens_per_second", "time/step", "tflops_per_device"}
 EVERY_STEP = {"step", "grad_norm", "learning_rate", "epoch", "num_tokens", "packing_efficiency"}
@@ -55,7 +56,7 @@ def steps(ran: Path) -> list[dict[str, float]]:
 
 
 def test_every_metric_is_there_and_no_other(steps: list[dict[str, float]]) -> None:
-    always = EVERY_STEP | POLICY | COMPLETIONS | REWARDS | TIMES
+    always = EVERY_STEP | POLICY | COMPLETIONS | REWARDS | TIMES | AGE
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[0].keys() == always  # the first step waits for compilers
     for row in steps[1:]:
@@ -69,6 +70,8 @@ def test_numbers_that_are_known_beforehand(steps: list[dict[str, float]]) -> Non
     assert steps[0]["kl"] == 0.0 and all(row["kl"] > 1e-6 for row in steps[1:])
     assert max(row["mismatch_kl"] for row in steps) < 1e-6
     assert max(row["sampling/sampling_logp_difference/max"] for row in steps) < 1e-4
+    assert [row["sampling/weight_version"] for row in steps] == [0, 1, 2, 3, 4, 5]
+    assert all(row["sampling/staleness/max"] == row["sampling/staleness/mean"] == 0 for row in steps)
     assert [row["learning_rate"] for row in steps] == pytest.approx([3e-3] * 6)
     assert [row["epoch"] for row in steps] == pytest.approx([step / 6 for step in range(1, 7)])  # 26 prompts, 4 a step
     assert 0 < min(row["packing_efficiency"] for row in steps) <= 1
