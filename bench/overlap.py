@@ -135,9 +135,10 @@ def main(argv: list[str] | None = None) -> int:
     means = [
         {"rollout_async_depth": depth, "steps": len(rows), **about}
         | {
-            name: float(np.mean([row[name] for row in rows]))
+            name: float(np.mean(values))
             for name in (*COLUMNS, "mismatch_kl")
-            if all(name in row for row in rows)
+            # A run's last generation has none after it to push weights for.
+            if (values := [row[name] for row in rows if name in row])
         }
         for depth, rows in found.items()
     ]
