@@ -94,7 +94,12 @@ while not Path(os.environ["FOLDER"], "go").exists(): time.sleep(0.01)
 
 
 def test_the_one_that_was_killed_is_named_when_its_end_is_seen_later(tmp_path: Path) -> None:
-    program = f"signal.signal(15, signal.SIG_IGN)\nif me == 1: time.sleep(1); os.kill(os.getpid(), 9)\n{ABORTED}"
+    program = f"""
+signal.signal(15, signal.SIG_IGN)
+ready()
+while not Path(os.environ["FOLDER"], f"ready-{{1 - me}}").exists(): time.sleep(0.01)
+if me == 1: time.sleep(1); os.kill(os.getpid(), 9)
+{ABORTED}"""
     status, _, errors = ended(launch(tmp_path, program))
     assert status == 137 and len(errors) == 1 and "process 1 on" in errors[0] and "SIGKILL" in errors[0]
 
