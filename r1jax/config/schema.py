@@ -5,7 +5,8 @@ The groups are for the code that reads them; users see one flat namespace, so no
 
 import functools
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from typing import Any, get_type_hints
 
 from r1jax.config.batch import BatchConfig
@@ -125,6 +126,7 @@ class Key:
 
     name: str
     group: str
+    """The attributes that lead to it from RunConfig, with dots between."""
     hint: Any
     declared: Field[Any]
 
@@ -136,7 +138,7 @@ class Key:
     @property
     def task(self) -> str | None:
         """The only task that reads the key, or None when both do."""
-        if self.group in GRPO_GROUPS:
+        if self.group.split(".")[0] in GRPO_GROUPS:
             return "grpo"
         return "sft" if self.name in SFT_ONLY else None
 
@@ -151,8 +153,18 @@ class Key:
 
 @functools.cache
 def groups() -> Mapping[str, type]:
-    """The group classes by RunConfig's attribute names, in order."""
-    return get_type_hints(RunConfig)
+    """The group classes by the attributes that lead to them from RunConfig, dots between; a group may hold others,
+    which follow it."""
+    return _groups_in(RunConfig, "")
+
+
+def _groups_in(cls: type, prefix: str) -> dict[str, type]:
+    found: dict[str, type] = {}
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            found |= {prefix + name: hint, **_groups_in(hint, f"{prefix}{name}.")}
+    return found
 
 
 @functools.cache
@@ -162,6 +174,8 @@ def keys() -> Mapping[str, Key]:
     for group, cls in groups().items():
         hints = get_type_hints(cls)
         for declared in fields(cls):
+            if is_dataclass(hints[declared.name]):
+                continue
             assert declared.name not in table, f"{declared.name} is declared twice"
             table[declared.name] = Key(name=declared.name, group=group, hint=hints[declared.name], declared=declared)
     return table
@@ -169,28 +183,33 @@ def keys() -> Mapping[str, Key]:
 
 def values(config: RunConfig) -> dict[str, Any]:
     """The values of all keys that the config's task reads, in the order of keys()."""
-    task = config.run.task
-    return {
-        key.name: getattr(getattr(config, key.group), key.name) for key in keys().values() if key.task in (None, task)
-    }
+    return {key.name: _value(config, key) for key in keys().values() if key.task in (None, config.run.task)}
+
+
+def _value(config: RunConfig, key: Key) -> Any:
+    return attrgetter(f"{key.group}.{key.name}")(config)
 
 
 def shareable(config: RunConfig) -> dict[str, Any]:
     """All values by group and key, for those outside who keep a run's configuration; secrets are left out."""
-    hidden = {key.name for key in keys().values() if key.secret}
-    return {
-        group: {name: value for name, value in part.items() if name not in hidden}
-        for group, part in asdict(config).items()
-    }
+    found: dict[str, Any] = {group: {} for group in groups()}
+    for key in keys().values():
+        if not key.secret:
+            found[key.group][key.name] = _value(config, key)
+    return found
 
 
 def build(chosen: Mapping[str, Any]) -> RunConfig:
     """The RunConfig of converted values by key; keys left out have their declared defaults."""
-    parts: dict[str, Any] = {}
-    for group, cls in groups().items():
-        names = [key.name for key in keys().values() if key.group == group]
-        parts[group] = cls(**{name: chosen[name] for name in names if name in chosen})
-    return RunConfig(**parts)
+    return _built(RunConfig, "", chosen)
+
+
+def _built(cls: Any, prefix: str, chosen: Mapping[str, Any]) -> Any:
+    """The group of class cls, with those in it; a prefix ends with a dot."""
+    hints = get_type_hints(cls)
+    inner = {name: _built(hint, f"{prefix}{name}.", chosen) for name, hint in hints.items() if is_dataclass(hint)}
+    own = {name: chosen[name] for name in hints if name not in inner and name in chosen}
+    return cls(**inner, **own)
 
 
 def missing(name: str) -> Exception:
