@@ -49,6 +49,9 @@ def hf_tensors(params: PyTree, config: DecoderConfig) -> Iterator[HfTensor]:
 def gather(tensor: HfTensor, dtype: str) -> jax.Array:
     """The tensor, whole on each device: one tensor at a time, already in the dtype. Every process must call it."""
     sharding = tensor.leaf.sharding
+    as_it_is = tensor.layer is None and not tensor.transpose and tensor.leaf.dtype == dtype
+    if as_it_is and sharding.is_fully_replicated:
+        return tensor.leaf
     if isinstance(sharding, jax.sharding.NamedSharding):
         sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     pick = _picker(sharding, tensor.layer is not None, tensor.transpose, dtype)
