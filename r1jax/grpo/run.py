@@ -50,7 +50,7 @@ def run(config: RunConfig) -> None:
     with opened(config, source) as opening:
         if opening.start is not None:
             order.check(opening.start.metadata)
-            storage.check(opening.start.metadata, with_reference=bool(config.grpo.beta))
+            storage.check(opening.start.metadata, with_reference=bool(config.grpo.reference.beta))
         samples, ahead = open_journal(config, opening)
         with contextlib.closing(open_engine(config, source, layout, task, samples)) as engine:
             # 2. The estimate comes before the compiler has its say.
@@ -99,10 +99,10 @@ def begin(
 ) -> tuple[TrainState, Reference | None, dict[int, Any]]:
     """(the state, the reference if there is a KL term, the batches that a checkpoint has kept for its next steps)."""
     start, reference, params = opening.start, None, None
-    if start is None or config.grpo.beta:
+    if start is None or config.grpo.reference.beta:
         params = first_params(config, source, layout)
-    if config.grpo.beta:
-        reference = Reference(params, config.grpo, layout, config.model.compute_dtype)
+    if config.grpo.reference.beta:
+        reference = Reference(params, config.grpo.reference, layout, config.model.compute_dtype)
     if start is None:
         return start_state(params, config.optimizer, layout), reference, {}
     del params

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from r1jax.models.support import Support, floor_of
 from r1jax.sharding.mesh import BATCH_AXES
 from r1jax.sharding.rules import STATE_AXES
 
@@ -76,32 +77,51 @@ def _local_forward(
     hidden: Array,
     kernel: Array,
     targets: Array,
+    floor: dict[str, Array],
     *,
     chunk: int,
     axis: str | None,
     temperature: float = 1.0,
     with_entropy: bool = False,
-) -> tuple[Array, ...]:
-    """(log-probability, is the target a most likely token, logsumexp, maybe entropy) of this device's tokens, all
-    [B, T]."""
+) -> tuple[dict[str, Array], Array]:
+    """({logprobs, logsumexp, maybe entropy, maybe level}, is the target a most likely token) of this device's tokens,
+    all [B, T]; a floor, where there is one, leaves out what is less likely than it, and level is it as a logit."""
 
     vectors = kernel.T
+    ids = _first_id(vectors.shape[0], axis) + jnp.arange(vectors.shape[0])
 
-    def body(carry: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
+    def body(carry: None, part: tuple[Array, Array, dict[str, Array]]) -> tuple[None, tuple[dict[str, Array], Array]]:
         logits = _logits(part[0], vectors, temperature)
         target, highest, exponentials, total = _statistics(logits, part[1], axis)
+        found = {}
+        if part[2]:
+            found["level"] = part[2]["floor"] + highest + jnp.log(total)
+            exponentials = jnp.where(_drawable(logits, found["level"], ids, part[1]), exponentials, 0.0)
+            total = _summed(exponentials, axis)
         logsumexp = highest + jnp.log(total)
-        found = (target - logsumexp, target >= highest, logsumexp)
-        if not with_entropy:
-            return carry, found
-        # -sum p log p, where log p = (logits - highest) - log total.
-        weighted = jnp.sum(exponentials * (logits - highest[:, None]), axis=-1)
-        weighted = jax.lax.psum(weighted, axis) if axis else weighted
-        return carry, (*found, jnp.log(total) - weighted / total)
+        found |= {"logprobs": target - logsumexp, "logsumexp": logsumexp}
+        if with_entropy:
+            # -sum p log p, where log p = (logits - highest) - log total.
+            weighted = _summed(exponentials * (logits - highest[:, None]), axis)
+            found["entropy"] = jnp.log(total) - weighted / total
+        return carry, (found, target >= highest)
 
     flat = hidden.reshape(-1, hidden.shape[-1])
-    _, outputs = _over_chunks(body, None, (_chunked(flat, chunk), _chunked(targets.reshape(-1), chunk)))
-    return tuple(out.reshape(-1)[: targets.size].reshape(targets.shape) for out in outputs)
+    flat_floor = {name: leaf.reshape(-1) for name, leaf in floor.items()}
+    parts = jax.tree.map(lambda leaf: _chunked(leaf, chunk), (flat, targets.reshape(-1), flat_floor))
+    _, outputs = _over_chunks(body, None, parts)
+    return jax.tree.map(lambda out: out.reshape(-1)[: targets.size].reshape(targets.shape), outputs)
+
+
+def _summed(values: Array, axis: str | None) -> Array:
+    """Over the vocabulary of all devices."""
+    total = jnp.sum(values, axis=-1)
+    return jax.lax.psum(total, axis) if axis else total
+
+
+def _drawable(logits: Array, level: Array, ids: Array, targets: Array) -> Array:
+    """[tokens, V]: what is as likely as the level, and what was drawn, whatever this policy says of it."""
+    return (logits >= level[:, None]) | (ids == targets[:, None])
 
 
 def _local_gradients(
@@ -109,7 +129,7 @@ def _local_gradients(
     kernel: Array,
     targets: Array,
     weights: Array,
-    logsumexp: Array | None = None,
+    known: dict[str, Array],
     *,
     chunk: int,
     axis: str | None,
@@ -119,32 +139,41 @@ def _local_gradients(
 ) -> tuple[Array, Array, Array, Array]:
     """(log-probability [B, T], is top [B, T], gradients of sum(weights * logprob): hidden [B, T, D], kernel [D, V]).
 
-    d logprob / d logits = (onehot(target) - softmax) / temperature. A known logsumexp saves the passes over the logits
-    that find it; the first two results are then not to be used. by_probability multiplies each weight by the target's
-    probability.
+    d logprob / d logits = (onehot(target) - softmax) / temperature. known: what the forward pass has kept. A logsumexp
+    saves the passes over the logits that find it; the first two results are then not to be used. With a level the
+    softmax is over what can be drawn. With entropy and entropy_weights the gradient of sum(entropy_weights * entropy)
+    is added, d entropy / d logits = -softmax * (log softmax + entropy) / temperature. by_probability multiplies each
+    weight by the target's probability.
     """
     vectors = kernel.T
     ids = _first_id(vectors.shape[0], axis) + jnp.arange(vectors.shape[0])
 
-    def body(gradient: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:
-        tokens, target_ids, weight, *known = part
+    def body(
+        gradient: Array, part: tuple[Array, Array, Array, dict[str, Array]]
+    ) -> tuple[Array, tuple[Array, Array, Array]]:
+        tokens, target_ids, weight, given = part
         logits = _logits(tokens, vectors, temperature)
-        if known:
+        if given:
             logprobs, is_top = jnp.zeros_like(weight), jnp.zeros(weight.shape, bool)
-            softmax = jnp.exp(logits - known[0][:, None])
+            log_softmax = logits - given["logsumexp"][:, None]
+            softmax = jnp.exp(log_softmax)
+            if "level" in given:
+                softmax = jnp.where(_drawable(logits, given["level"], ids, target_ids), softmax, 0.0)
         else:
             target, highest, exponentials, total = _statistics(logits, target_ids, axis)
             logprobs, is_top = target - highest - jnp.log(total), target >= highest
-            softmax = exponentials / total[:, None]
+            log_softmax, softmax = jnp.zeros(()), exponentials / total[:, None]
             weight = weight * jnp.exp(logprobs) if by_probability else weight
-        weight = weight if temperature == 1 else weight / temperature
         slope = weight[:, None] * ((ids == target_ids[:, None]).astype(jnp.float32) - softmax)
+        if "entropy" in given:
+            slope -= given["entropy_weights"][:, None] * softmax * (log_softmax + given["entropy"][:, None])
+        slope = slope if temperature == 1 else slope / temperature
         slope = slope.astype(kernel.dtype)
         gradient += jnp.matmul(slope.T, tokens, preferred_element_type=jnp.float32)
         return gradient, (logprobs, is_top, jnp.matmul(slope, vectors, preferred_element_type=jnp.float32))
 
-    flat = [leaf.reshape(-1) for leaf in (targets, weights, logsumexp) if leaf is not None]
-    parts = tuple(_chunked(leaf, chunk) for leaf in (hidden.reshape(-1, hidden.shape[-1]), *flat))
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1), (targets, weights, known))
+    parts = jax.tree.map(lambda leaf: _chunked(leaf, chunk), (hidden.reshape(-1, hidden.shape[-1]), *flat))
     gradient, outputs = _over_chunks(body, jnp.zeros(vectors.shape, jnp.float32), parts)
     logprobs, is_top = (leaf.reshape(-1)[: targets.size].reshape(targets.shape) for leaf in outputs[:2])
     hidden_gradient = outputs[2].reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
@@ -156,7 +185,8 @@ def _local_gradients(
 
 
 def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, results: str) -> Callable[..., Any]:
-    """function under `shard_map`; one letter an array: h hidden [B, T, D], k kernel [D, V], t per-token [B, T]."""
+    """function under `shard_map`; one letter an array, or a mapping of such arrays: h hidden [B, T, D], k kernel
+    [D, V], t per-token [B, T]."""
     if mesh is None:
         return function
     specs = {
@@ -165,11 +195,12 @@ def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, res
         "t": PartitionSpec(BATCH_AXES, "context"),
     }
     inputs, outputs = tuple(specs[letter] for letter in arguments), tuple(specs[letter] for letter in results)
-    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+    wrapped = outputs if len(outputs) > 1 else outputs[0]
+    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=wrapped, check_vma=False)
 
 
 def _gradients(
-    chunk: int, mesh: Mesh | None, arguments: str, *, by_probability: bool = False, temperature: float = 1.0
+    chunk: int, mesh: Mesh | None, *, by_probability: bool = False, temperature: float = 1.0
 ) -> Callable[..., Any]:
     axes = STATE_AXES if mesh else ()
     local = functools.partial(
@@ -180,7 +211,7 @@ def _gradients(
         by_probability=by_probability,
         temperature=temperature,
     )
-    return _mapped(local, mesh, arguments, "tthk")
+    return _mapped(local, mesh, "hkttt", "tthk")
 
 
 def token_logprobs(
@@ -198,7 +229,8 @@ def token_logprobs(
     chunk: tokens a device holds logits of at one time. mesh: rows are split over data x fsdp and the vocabulary over
     tensor, which must divide them; None for one device. Only the log-probabilities have a gradient.
     """
-    return _differentiable(hidden, kernel, targets, chunk, mesh, temperature, False)
+    found, is_top = _differentiable(hidden, kernel, targets, {}, chunk, mesh, temperature, False, False)
+    return found["logprobs"], is_top
 
 
 def token_logprobs_and_entropy(
@@ -209,54 +241,72 @@ def token_logprobs_and_entropy(
     mesh: Mesh | None = None,
     *,
     temperature: float = 1.0,
+    floor: Float[Array, "B T"] | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """The log-probabilities of `token_logprobs`, and the entropy of each token's distribution in nats, of one pass.
 
-    Only the log-probabilities have a gradient.
+    floor: both are of the distribution over the target and the tokens whose log-probability is at least that, which
+    are taken for fixed. entropy_gradient: the entropy has a gradient too, which costs a pass over the logits' slopes.
     """
-    found: Any = _differentiable(hidden, kernel, targets, chunk, mesh, temperature, True)
-    return found[0], found[2]
+    given = {} if floor is None else {"floor": floor}
+    found, _ = _differentiable(hidden, kernel, targets, given, chunk, mesh, temperature, True, entropy_gradient)
+    return found["logprobs"], found["entropy"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
 def _differentiable(
     hidden: Array,
     kernel: Array,
     targets: Array,
+    floor: dict[str, Array],
     chunk: int,
     mesh: Mesh | None,
     temperature: float,
     with_entropy: bool,
+    entropy_gradient: bool,
 ) -> Any:
-    return _forward(hidden, kernel, targets, chunk, mesh, temperature, with_entropy)[0]
+    return _forward(hidden, kernel, targets, floor, chunk, mesh, temperature, with_entropy, entropy_gradient)[0]
 
 
 def _forward(
     hidden: Array,
     kernel: Array,
     targets: Array,
+    floor: dict[str, Array],
     chunk: int,
     mesh: Mesh | None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[Any, Any]:
     axis = "tensor" if mesh else None
     local = functools.partial(
         _local_forward, chunk=chunk, axis=axis, temperature=temperature, with_entropy=with_entropy
     )
-    results = "tttt" if with_entropy else "ttt"
-    logprobs, is_top, logsumexp, *entropy = _mapped(local, mesh, "hkt", results)(hidden, kernel, targets)
-    return (logprobs, is_top, *entropy), (hidden, kernel, targets, logsumexp)
+    found, is_top = _mapped(local, mesh, "hktt", "tt")(hidden, kernel, targets, floor)
+    told = {name: found[name] for name in ("logprobs", "entropy") if name in found}
+    needed = ("logsumexp", "level", "entropy") if entropy_gradient else ("logsumexp", "level")
+    return (told, is_top), (hidden, kernel, targets, {name: found[name] for name in needed if name in found})
 
 
 def _backward(
-    chunk: int, mesh: Mesh | None, temperature: float, with_entropy: bool, residuals: Any, cotangents: Any
-) -> tuple[Any, Any, None]:
+    chunk: int,
+    mesh: Mesh | None,
+    temperature: float,
+    with_entropy: bool,
+    entropy_gradient: bool,
+    residuals: Any,
+    cotangents: Any,
+) -> tuple[Any, ...]:
     del with_entropy
-    hidden, kernel, targets, logsumexp = residuals
-    made = _gradients(chunk, mesh, "hkttt", temperature=temperature)
-    gradients = made(hidden, kernel, targets, cotangents[0], logsumexp)[2:]
-    return *gradients, None
+    hidden, kernel, targets, known = residuals
+    slopes = cotangents[0]
+    if entropy_gradient:
+        known = {**known, "entropy_weights": slopes["entropy"]}
+    made = _gradients(chunk, mesh, temperature=temperature)
+    gradients = made(hidden, kernel, targets, slopes["logprobs"], known)[2:]
+    return *gradients, None, None
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -289,15 +339,15 @@ def _total(weights: Array, logprobs: Array, by_probability: bool) -> Array:
 def _weighted(
     hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None, by_probability: bool
 ) -> Any:
-    logprobs, is_top = _forward(hidden, kernel, targets, chunk, mesh)[0]
-    return _total(weights, logprobs, by_probability), is_top
+    found, is_top = _forward(hidden, kernel, targets, {}, chunk, mesh)[0]
+    return _total(weights, found["logprobs"], by_probability), is_top
 
 
 def _weighted_forward(
     hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None, by_probability: bool
 ) -> tuple[Any, Any]:
-    made = _gradients(chunk, mesh, "hktt", by_probability=by_probability)(hidden, kernel, targets, -weights)
-    logprobs, is_top, *gradients = made
+    made = _gradients(chunk, mesh, by_probability=by_probability)
+    logprobs, is_top, *gradients = made(hidden, kernel, targets, -weights, {})
     return (_total(weights, logprobs, by_probability), is_top), gradients
 
 
@@ -310,3 +360,29 @@ def _weighted_backward(
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def support_floors(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    chunk: int,
+    mesh: Mesh | None,
+    support: Support,
+    temperature: float,
+) -> Float[Array, "B T"]:
+    """The log-probability that parts the tokens that can be drawn after each position from those that cannot, see
+    `floor_of`; no gradient. Each device sees the whole vocabulary of a chunk of its tokens."""
+
+    def local(hidden: Array, kernel: Array) -> Array:
+        vectors = kernel.T
+
+        def body(carry: None, tokens: Array) -> tuple[None, Array]:
+            logits = _logits(tokens, vectors, temperature)
+            if mesh is not None:
+                logits = jax.lax.all_gather(logits, "tensor", axis=1, tiled=True)
+            return carry, floor_of(jax.nn.log_softmax(logits), support)
+
+        _, floors = _over_chunks(body, None, _chunked(hidden.reshape(-1, hidden.shape[-1]), chunk))
+        return floors.reshape(-1)[: hidden.shape[0] * hidden.shape[1]].reshape(hidden.shape[:2])
+
+    return jax.lax.stop_gradient(_mapped(local, mesh, "hk", "t")(hidden, kernel))
