@@ -1,4 +1,4 @@
-"""What makes up for samples of another policy than the trainer's: weights and masks (names of TRL, where it has them)."""
+"""What makes up for samples of another policy than the trainer's; names are TRL's where it has them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class CorrectionConfig:
     """Ratio of a token, a completion or its mean token, cut at the bounds or left out beyond; null: the preset's."""
 
     vllm_importance_sampling_clip_max: float | None = None
-    """Upper bound of that ratio, .inf for none; null: the preset's, which may be none."""
+    """Upper bound of that ratio, 1e9 for none; null: the preset's, which may be none."""
 
     vllm_importance_sampling_clip_min: float | None = None
     """Lower bound of that ratio, 0 for none; null: the preset's, which may be none."""
@@ -38,7 +38,7 @@ class CorrectionConfig:
     def __post_init__(self) -> None:
         high, low = self.vllm_importance_sampling_clip_max, self.vllm_importance_sampling_clip_min
         # TRL takes any number; below 1 every token on which trainer and sampler agree would be cut too.
-        advice = "2 or 3 is usual, .inf is for none; vllm_importance_sampling_correction: false is for no weights"
+        advice = "2 or 3 is usual, 1e9 is for none; vllm_importance_sampling_correction: false is for no weights"
         at_least("vllm_importance_sampling_clip_max", high, 1, advice)
         within = low is None or 0 <= low <= 1
         require(within, "vllm_importance_sampling_clip_min", "0 <= x <= 1", low, "0.5 is usual, 0 is for none")

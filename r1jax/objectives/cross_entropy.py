@@ -195,8 +195,8 @@ def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, res
         "t": PartitionSpec(BATCH_AXES, "context"),
     }
     inputs, outputs = tuple(specs[letter] for letter in arguments), tuple(specs[letter] for letter in results)
-    wrapped = outputs if len(outputs) > 1 else outputs[0]
-    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=wrapped, check_vma=False)
+    placed = outputs if len(results) > 1 else specs[results]
+    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=placed, check_vma=False)
 
 
 def _gradients(
@@ -229,8 +229,8 @@ def token_logprobs(
     chunk: tokens a device holds logits of at one time. mesh: rows are split over data x fsdp and the vocabulary over
     tensor, which must divide them; None for one device. Only the log-probabilities have a gradient.
     """
-    found, is_top = _differentiable(hidden, kernel, targets, {}, chunk, mesh, temperature, False, False)
-    return found["logprobs"], is_top
+    told: Any = _differentiable(hidden, kernel, targets, {}, chunk, mesh, temperature, False, False)
+    return told[0]["logprobs"], told[1]
 
 
 def token_logprobs_and_entropy(
@@ -250,8 +250,8 @@ def token_logprobs_and_entropy(
     are taken for fixed. entropy_gradient: the entropy has a gradient too, which costs a pass over the logits' slopes.
     """
     given = {} if floor is None else {"floor": floor}
-    found, _ = _differentiable(hidden, kernel, targets, given, chunk, mesh, temperature, True, entropy_gradient)
-    return found["logprobs"], found["entropy"]
+    told: Any = _differentiable(hidden, kernel, targets, given, chunk, mesh, temperature, True, entropy_gradient)
+    return told[0]["logprobs"], told[0]["entropy"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))

@@ -91,9 +91,12 @@ def _stays(held: Float[Array, "B T"], batch: PackedBatch, surrogate: Surrogate) 
 
 def _sums(entropy: Float[Array, "B T"], old: Float[Array, "B T"], batch: PackedBatch) -> dict[str, Array]:
     mask, difference = batch.loss_mask.astype(jnp.float32), _from_sampler(old, batch)
+    entropy = jax.lax.stop_gradient(entropy)
+    chosen = None if batch.surrogate_weight is None else mask * batch.surrogate_weight
     return {
         "loss_tokens": jnp.sum(mask),
-        "entropy": jnp.sum(mask * jax.lax.stop_gradient(entropy)),
+        "entropy": jnp.sum(mask * entropy),
+        **({} if chosen is None else {"entropy_chosen": jnp.sum(chosen * entropy), "chosen_tokens": jnp.sum(chosen)}),
         "mismatch": jnp.sum(mask * k3_divergence(difference)),
         "logp_difference": jnp.sum(jnp.abs(difference)),
         "logp_difference_max": jnp.max(jnp.abs(difference)),

@@ -36,8 +36,8 @@ def make_statistics(
 ) -> Statistics:
     """The policy's log-probability and entropy at the temperature; both 0 on the first token of a row.
 
-    Only the first has a gradient, without entropy_gradient. They stand at the token that they are of, as everything in a `PackedBatch` does, and are of the distribution over
-    the tokens that could be drawn where the batch has support_floor.
+    They stand at the token that they are of, as everything in a `PackedBatch` does, and are of the distribution over
+    the tokens that could be drawn where the batch has support_floor. Without entropy_gradient only the first has one.
     """
     size = chunk or default_chunk(config.vocab_size)
     hidden_of = _make_hidden(config, dtype, remat, constrain)

@@ -27,6 +27,9 @@ CISPO_CAP = 5.0
 """Of MiniMax-M1's ratios as ScaleRL (Khatri et al. 2025) has it."""
 
 
+NO_CORRECTION = Correction()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surrogate:
     """What the loss is made of; the keys of the config that say so."""
@@ -45,7 +48,7 @@ class Surrogate:
     beta: float = 0.0
     bias_corrected_kl: bool = False
     """Whether the KL estimate is multiplied by the ratio."""
-    correction: Correction = Correction()
+    correction: Correction = NO_CORRECTION
     """Of the difference between sampler and trainer."""
 
 

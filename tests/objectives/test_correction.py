@@ -80,8 +80,8 @@ def test_ratios_beyond_any_use_stay_finite():
 
 
 def test_what_has_moved_the_way_it_is_pushed_is_left_out():
-    """Probabilities now 0.6, 0.6, 0.2 and 0.2, drawn at 0.3, 0.3, 0.5 and 0.5: shifts of 0.3 either way, bound 0.2. Only
-    the good token that is likelier and the bad one that is less likely go."""
+    """Probabilities now 0.6, 0.6, 0.2 and 0.2, drawn at 0.3, 0.3, 0.5 and 0.5: shifts of 0.3 either way, bound 0.2.
+    Only the good token that is likelier and the bad one that is less likely go."""
     now, drawn = jnp.log(jnp.asarray([[0.6, 0.6, 0.2, 0.2]])), jnp.log(jnp.asarray([[0.3, 0.3, 0.5, 0.5]]))
     batch = batch_of([[1, 2, 3, 3]], [[1] * 4], [[1.0, -1.0, 1.0, -1.0]])
     stays = kept(now, now - drawn, batch, Correction(max_shift=0.2))
@@ -110,7 +110,9 @@ def test_agreement_under_the_tightest_bounds_is_not_cut():
 def test_a_micro_batch_without_tokens_is_no_extreme():
     """As a part of a step it is neutral; a step of nothing else, computed or not, is 0 throughout."""
     batch = batch_of([[0, 0]], [[0, 0]])
-    sums = correction_sums(importance(jnp.full((1, 2), 3.0), batch, TRUNCATE), jnp.ones((1, 2), bool), jnp.zeros((1, 2)))
+    sums = correction_sums(
+        importance(jnp.full((1, 2), 3.0), batch, TRUNCATE), jnp.ones((1, 2), bool), jnp.zeros((1, 2))
+    )
     alone = {name: float(value) for name, value in sums.items()}
     assert alone["importance_min"] == math.inf and {v for n, v in alone.items() if n != "importance_min"} == {0.0}
     assert set(correction_metrics(alone, 1.0).values()) == {0.0}

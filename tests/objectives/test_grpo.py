@@ -200,7 +200,14 @@ UNBIASED = [
 ]
 CORRECTIONS = [
     Correction(mode=mode, low=low, high=high)
-    for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask")
+    for mode in (
+        "token_truncate",
+        "token_mask",
+        "sequence_truncate",
+        "sequence_mask",
+        "geometric_truncate",
+        "geometric_mask",
+    )
     for low, high in ((0.0, 1.0), (0.7, 1.2), (0.0, math.inf))
 ]
 MASKS = [

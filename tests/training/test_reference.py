@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config.reference import ReferenceConfig
 from r1jax.config.optimizer import OptimizerConfig
+from r1jax.config.reference import ReferenceConfig
 from r1jax.training.reference import Reference
 from r1jax.training.state import StateLayout, fresh_params
 
