@@ -55,7 +55,8 @@ class PackedBatch:
     surrogate_weight: Leaf | None = None
     """GRPO: float32 factor of the token's policy gradient, not of its KL term; None: 1."""
     entropy_weight: Leaf | None = None
-    """GRPO: float32, what a nat of the token's entropy takes off the step's loss; None: nothing."""
+    """GRPO: float32, what a nat of the token's entropy takes off the step's loss for a coefficient of 1; None:
+    nothing."""
     max_segments: int = dataclasses.field(default=0, metadata={"static": True})
     """At least the documents of any row, for sums over each; 0 where nobody needs them."""
 

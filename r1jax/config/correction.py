@@ -65,14 +65,15 @@ class Correction:
 PRESETS: Mapping[Preset, Correction] = {
     # Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; TRL's cap until 0.25.
     "tis": Correction(mode="token_truncate", high=2.0),
-    # Ling Team 2025, "Every step evolves": alpha 0.5, beta 5.
+    # Ling Team 2025, "Every step evolves", arXiv:2510.18855.
     "icepop": Correction(mode="token_mask", low=0.5, high=5.0),
     "sequence_tis": Correction(mode="sequence_truncate", high=2.0),
     # Liu et al. 2025, "When speed kills stability"; TRL's default since 0.26.
     "mis": Correction(mode="sequence_mask", high=3.0),
     "geometric": Correction(mode="geometric_mask", low=0.99, high=1.01),
-    "dppo": Correction(max_shift=0.2),
-    # The same as tis, and DeepSeek-V3.2's mask (2025, section 3.1).
+    # Qi et al. 2026, "Rethinking the trust region in LLM reinforcement learning", arXiv:2602.04879; bound of prime-rl.
+    "dppo": Correction(mode="token_truncate", max_shift=0.2),
+    # The same as tis, and DeepSeek-V3.2's mask (arXiv:2512.02556).
     "off_policy": Correction(mode="token_truncate", high=2.0, max_divergence=0.1),
 }
 

@@ -44,7 +44,7 @@ class Packer:
     weigh: Weigh
     masks_truncated: bool
     """Whether completions that met the limit are left out of the loss."""
-    as_drawn: bool
+    as_drawn: bool = False
     """Whether the sampler's log-probabilities are those of the distribution that it drew from, not the policy's."""
 
     def pack(

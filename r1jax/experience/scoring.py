@@ -72,14 +72,12 @@ class Scoring:
 
 @functools.cache
 def _choose(entropy: EntropyConfig, sharding: NamedSharding) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(loss_mask, entropies or nothing) -> (1 on tokens that the policy gradient is of, what a nat of each weighs)."""
+    """(loss_mask, entropies or nothing) -> (1 on tokens that the policy gradient is of, the weight of each in their mean)."""
 
     def choose(mask: jax.Array, entropies: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         chosen = (mask == 1).astype(jnp.float32)
         if entropies is not None:
             chosen = most_uncertain(entropies, mask, entropy.top_entropy_quantile)
-        # An adaptive coefficient is a number of the step's, and multiplies when that begins.
-        coefficient = 1.0 if entropy.use_adaptive_entropy else entropy.entropy_coef
-        return chosen, mean_weights(chosen) * coefficient
+        return chosen, mean_weights(chosen)
 
     return jax.jit(choose, out_shardings=(sharding, sharding))

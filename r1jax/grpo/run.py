@@ -24,7 +24,7 @@ from r1jax.rollout.journal import Journal, Label
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
-from r1jax.training.bonus import AdaptiveBonus
+from r1jax.training.bonus import EntropyBonus
 from r1jax.training.cadence import make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named
 from r1jax.training.opening import Opening, begin_writing, opened
@@ -99,11 +99,11 @@ class Beside:
 
     reference: Reference | None
     """None without a KL term."""
-    bonus: AdaptiveBonus | None
-    """None where the entropy bonus does not move."""
+    bonus: EntropyBonus | None
+    """None without an entropy bonus."""
 
     @property
-    def parts(self) -> list[Reference | AdaptiveBonus]:
+    def parts(self) -> list[Reference | EntropyBonus]:
         """Those that there are."""
         return [part for part in (self.reference, self.bonus) if part is not None]
 
@@ -125,7 +125,7 @@ def begin(
         params = first_params(config, source, layout)
     if config.grpo.reference.beta:
         reference = Reference(params, config.grpo.reference, layout, config.model.compute_dtype)
-    bonus = AdaptiveBonus(config.grpo.entropy, layout) if config.grpo.entropy.use_adaptive_entropy else None
+    bonus = EntropyBonus(config.grpo.entropy, layout) if config.grpo.entropy.has_bonus else None
     beside = Beside(reference=reference, bonus=bonus)
     if start is None:
         return start_state(params, config.optimizer, layout), beside, {}
@@ -152,7 +152,7 @@ def train_policy(
     plan, output_dir = task.plan, Path(config.run.output_dir)
     step, scorers = make_steps(config, source, layout, plan.num_steps)
     step = step if beside.bonus is None else beside.bonus.around(step)
-    reference, fixed_bonus = beside.reference, config.grpo.entropy.entropy_coef if beside.bonus is None else 0.0
+    reference = beside.reference
     cadence = make_cadence(config, plan.num_steps, plan.num_steps_per_epoch)
 
     def shows(first: int) -> bool:
@@ -183,11 +183,7 @@ def train_policy(
                 batch=ready.batch,
                 num_tokens=tokens,
                 flops=tokens * train_flops_per_token(source.decoder, mean_visible_keys(ready.lengths)),
-                metrics={
-                    **metrics,
-                    **({"entropy_coef": fixed_bonus} if fixed_bonus else {}),
-                    "packing_efficiency": ready.efficiency,
-                },
+                metrics={**metrics, "packing_efficiency": ready.efficiency},
             )
 
     def stored(done: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -25,8 +25,8 @@ def importance(log_ratio: Float[Array, "B T"], batch: PackedBatch, correction: C
 
     log_ratio: log-probability to the proximal policy minus that to the sampler, 0 where loss_mask is. Truncation
     (truncated importance sampling, Yao et al. 2025) bounds the variance and keeps every token; a mask (IcePop, Ling
-    Team 2025; sequence masks, Liu et al. 2025) leaves out what cannot be trusted. Over a sequence the ratio is that
-    of the whole completion, the product over its tokens; "geometric" is the mean token's (GSPO's).
+    Team 2025, arXiv:2510.18855; sequence masks, Liu et al. 2025) leaves out what cannot be trusted. Over a sequence
+    the ratio is that of the whole completion, the product over its tokens; "geometric" is the mean token's (GSPO's).
     """
     assert correction.mode is not None
     ratio = jnp.exp(bounded_log_ratio(_ratio_of(log_ratio, batch, correction.mode)))
@@ -51,9 +51,9 @@ def kept(
     """Which tokens the masks of the present policy leave in.
 
     log_ratio: log-probability to the policy as it is minus that to the sampler, 0 where loss_mask is. max_shift: a
-    token that is already so much likelier (or less likely) than when it was drawn is not pushed further (DPPO with
-    total variation, Qi et al. 2026). max_divergence: a completion with a negative advantage that the sampler finds so
-    much likelier, in nats a token, is left out (DeepSeek-V3.2, 2025, eq. 9).
+    token that is already so much likelier (or less likely) than when it was drawn is not pushed further (DPPO, binary
+    total variation, Qi et al. 2026, arXiv:2602.04879). max_divergence: a completion with a negative advantage that the
+    sampler finds so much likelier, in nats a token, is left out (DeepSeek-V3.2, 2025, arXiv:2512.02556).
     """
     advantages = jnp.asarray(batch.advantages)
     stays = jnp.ones(logprobs.shape, bool)

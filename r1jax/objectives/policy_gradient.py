@@ -45,9 +45,9 @@ def is_clipped(
 def cispo_surrogate(
     logprobs: Float[Array, "B T"], ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], cap: float
 ) -> Float[Array, "B T"]:
-    """-min(ratio, cap) * A * log p with the weight held constant (CISPO, MiniMax-M1, MiniMax 2025, eq. 4 and 5).
+    """-min(ratio, cap) * A * log p with the weight held constant (CISPO, "MiniMax-M1", MiniMax 2025, arXiv:2506.13585).
 
-    No token loses its gradient, it only counts no more than cap times. There is no lower bound, as in the paper's runs.
+    No token loses its gradient, it only counts no more than cap times; there is no lower bound.
     """
     return -jax.lax.stop_gradient(jnp.minimum(ratio, cap)) * advantages * logprobs
 
@@ -55,7 +55,8 @@ def cispo_surrogate(
 def sapo_surrogate(
     ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], positive: float, negative: float
 ) -> Float[Array, "B T"]:
-    """-(4 / tau) * sigmoid(tau * (ratio - 1)) * A: a gate that closes softly (SAPO, Gao et al. 2025, eq. 5 and 6).
+    """-(4 / tau) * sigmoid(tau * (ratio - 1)) * A: a gate that closes softly ("Soft adaptive policy
+    optimization", 2025, arXiv:2511.20347).
 
     tau is `positive` where A > 0, else `negative`. At ratio 1 the gradient is that of ratio * A for any tau.
     """
@@ -69,7 +70,7 @@ def gamma_weight(
     positive: tuple[float, float],
     negative: tuple[float, float],
 ) -> Float[Array, "B T"]:
-    """exp(lambda) * w^k * exp(-lambda * w) without a gradient, 1 at w = 1 (VESPO, Shen et al. 2026).
+    """exp(lambda) * w^k * exp(-lambda * w) without a gradient, 1 at w = 1 (VESPO, 2026, arXiv:2602.10693).
 
     log_ratio: log w, that of a whole completion at each of its tokens; bounded to [ln 1e-8, 20]. (k, lambda) is
     `positive` where A >= 0, else `negative`.

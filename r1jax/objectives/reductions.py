@@ -58,7 +58,7 @@ def sequence_mean(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S
 
 def sequence_sum(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
     """`loss_type: luspo`: the mean over sequences of their sums, so that with a ratio of whole sequences each counts
-    by its length (LUSPO, Liu et al. 2026): what is long is not punished for it."""
+    by its length (LUSPO, 2026, arXiv:2602.05261): what is long is not punished for it."""
     return np.full(loss_tokens.shape, 1.0 / max(len(loss_tokens), 1))
 
 

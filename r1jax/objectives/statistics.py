@@ -14,8 +14,9 @@ from r1jax.batch import PackedBatch
 from r1jax.models.config import DecoderConfig
 from r1jax.models.support import Support
 from r1jax.models.transformer import Constrain, RematPolicy, forward, output_kernel, prepare, unconstrained
-from r1jax.objectives.cross_entropy import default_chunk, support_floors, token_logprobs_and_entropy
+from r1jax.objectives.cross_entropy import support_floors, token_logprobs_and_entropy
 from r1jax.objectives.sft import shifted
+from r1jax.objectives.vocabulary import default_chunk
 
 Statistics = Callable[[Any, PackedBatch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 """(parameters, micro-batch [B, T]) -> (log-probability, entropy in nats) of each token given its document so far."""

@@ -24,9 +24,10 @@ from r1jax.objectives.policy_gradient import (
 )
 
 CISPO_CAP = 5.0
-"""Of MiniMax-M1's ratios as ScaleRL (Khatri et al. 2025) has it."""
+"""Of ratios, as ScaleRL has it (2025, arXiv:2510.13786)."""
 
 
+Level = Literal["token", "sequence"]
 NO_CORRECTION = Correction()
 
 
@@ -39,7 +40,7 @@ class Surrogate:
     epsilon_high: float = 0.2
     """Of cispo: the cap itself."""
     delta: float | None = None
-    level: Literal["token", "sequence"] = "token"
+    level: Level = "token"
     """What the probability ratio is of: each token, or a whole completion's mean (GSPO, Zheng et al. 2025)."""
     sapo: tuple[float, float] = (1.0, 1.05)
     """Temperatures for positive and for other advantages."""

@@ -1,4 +1,4 @@
-"""The adaptive entropy bonus around a run's update: its coefficient is a number on the devices that each step moves."""
+"""The entropy bonus around a run's update: its coefficient is a number on the devices, which a step may move."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,10 +18,11 @@ NAME = "entropy_bonus"
 """Of its tree in a checkpoint."""
 
 
-class AdaptiveBonus:
+class EntropyBonus:
     """Scales the entropy_weight of a step's batch and then moves the coefficient; nothing waits for the host."""
 
     def __init__(self, config: EntropyConfig, layout: StateLayout) -> None:
+        self._moves = config.use_adaptive_entropy
         everywhere = NamedSharding(layout.mesh, PartitionSpec())
         self.controller: Controller = jax.jit(lambda: first_controller(config), out_shardings=everywhere)()
         self._scaled = jax.jit(
@@ -44,8 +45,8 @@ class AdaptiveBonus:
         return with_bonus
 
     def trees(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
-        return {NAME: self.controller._asdict()}
+        """What a checkpoint holds of it: nothing where it does not move."""
+        return {NAME: self.controller._asdict()} if self._moves else {}
 
     def abstract(self) -> dict[str, Any]:
         """What `trees` holds, as shapes with their shardings."""

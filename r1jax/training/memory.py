@@ -12,7 +12,7 @@ from r1jax.config.errors import RunFailure
 from r1jax.config.schema import RunConfig
 from r1jax.models.config import DecoderConfig
 from r1jax.models.transformer import RematPolicy
-from r1jax.objectives.cross_entropy import default_chunk
+from r1jax.objectives.vocabulary import default_chunk
 from r1jax.sharding.mesh import data_shards
 from r1jax.sharding.rules import shardings
 from r1jax.training.state import StateLayout

@@ -23,7 +23,7 @@ def made(*, same_policy: bool = False, **keys: object) -> Correction:
          Correction(mode="token_mask", low=0.2, high=1e9)),
         ({"rollout_correction_preset": "icepop"}, Correction(mode="token_mask", low=0.5, high=5.0)),
         ({"rollout_correction_preset": "icepop", f"{PREFIX}clip_min": 0}, Correction(mode="token_mask", high=5.0)),
-        ({"rollout_correction_preset": "dppo"}, Correction(max_shift=0.2)),
+        ({"rollout_correction_preset": "dppo"}, Correction(mode="token_truncate", max_shift=0.2)),
         ({"dppo_mask_threshold": 0.1}, Correction(mode="token_truncate", high=2.0, max_shift=0.1)),
         ({f"{PREFIX}correction": False}, Correction()),
         ({f"{PREFIX}correction": False, "off_policy_mask_threshold": 0.3}, Correction(max_divergence=0.3)),

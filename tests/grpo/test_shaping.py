@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from r1jax import grpo
 from r1jax.batch import PackedBatch
 from r1jax.objectives.grpo import policy_metrics
-from r1jax.training.bonus import AdaptiveBonus
+from r1jax.training.bonus import EntropyBonus
 from r1jax.training.state import TrainState, start_state
 from tests.grpo.world import Pieces, assembled, keys
 
@@ -30,7 +31,10 @@ def first_batch(pieces: Pieces) -> PackedBatch:
 def updated(pieces: Pieces, batch: PackedBatch) -> tuple[TrainState, Mapping[str, float]]:
     """(the state after the step, its metrics)."""
     params = jax.tree.map(lambda leaf: leaf.copy(), pieces.params)
-    state, sums = pieces.step(start_state(params, pieces.config.optimizer, pieces.layout), batch)
+    step = pieces.step
+    if batch.entropy_weight is not None:
+        step = EntropyBonus(pieces.config.grpo.entropy, pieces.layout).around(step)
+    state, sums = step(start_state(params, pieces.config.optimizer, pieces.layout), batch)
     numbers = {name: float(value) for name, value in sums.items()}
     return state, policy_metrics({"learning_rate": 0.0, **numbers}, 1)
 
@@ -67,10 +71,10 @@ def test_the_policy_gradient_is_of_the_most_uncertain_tokens(world: Path) -> Non
 @pytest.mark.parametrize("quantile", [1.0, 0.5])
 def test_the_bonus_raises_the_entropy_of_the_tokens_it_is_of(world: Path, quantile: float) -> None:
     """Without advantages it is the whole loss, the coefficient times minus the mean entropy."""
-    shape = {"entropy_coef": 0.5, "top_entropy_quantile": quantile, "learning_rate": 1e-3}
+    shape: dict[str, Any] = {"entropy_coef": 0.5, "top_entropy_quantile": quantile, "learning_rate": 1e-3}
     with assembled(keys(world, **SMALL, **shape)) as pieces:
         batch = first_batch(pieces)
-        batch = dataclasses.replace(batch, advantages=0 * batch.advantages)
+        batch = dataclasses.replace(batch, advantages=jax.tree.map(jnp.zeros_like, batch.advantages))
         chosen = (np.asarray(batch.loss_mask) if quantile == 1 else np.asarray(batch.surrogate_weight)) == 1
 
         def mean_entropy(params: Any) -> float:
@@ -86,10 +90,10 @@ def test_an_adaptive_bonus_is_given_while_the_entropy_is_low(world: Path) -> Non
     """The first step has none; the second has the first's coefficient, moved."""
     shape = {"use_adaptive_entropy": True, "entropy_coef": 0.5, "entropy_target": 10.0, "entropy_coef_delta": 0.25}
     with assembled(keys(world, **SMALL, **shape)) as pieces:
-        bonus = AdaptiveBonus(pieces.config.grpo.entropy, pieces.layout)
+        bonus = EntropyBonus(pieces.config.grpo.entropy, pieces.layout)
         step = bonus.around(pieces.step)
         batch = first_batch(pieces)
-        batch = dataclasses.replace(batch, advantages=0 * batch.advantages)
+        batch = dataclasses.replace(batch, advantages=jax.tree.map(jnp.zeros_like, batch.advantages))
         params = jax.tree.map(lambda leaf: leaf.copy(), pieces.params)
         state = start_state(params, pieces.config.optimizer, pieces.layout)
         state, first = step(state, batch)

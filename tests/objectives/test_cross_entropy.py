@@ -11,13 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from r1jax.config.mesh import MeshConfig
 from r1jax.models.support import Support, supported_logits
 from r1jax.objectives.cross_entropy import (
-    CHUNK_ELEMENTS,
-    default_chunk,
     support_floors,
     token_logprobs,
     token_logprobs_and_entropy,
     weighted_nll,
 )
+from r1jax.objectives.vocabulary import CHUNK_ELEMENTS, default_chunk
 from r1jax.sharding.mesh import make_mesh
 
 ROWS, TOKENS, WIDTH, VOCAB = 8, 7, 12, 40
@@ -266,10 +265,10 @@ def with_entropy_weights():
 @pytest.mark.parametrize("has_floor", [False, True])
 @pytest.mark.parametrize(("chunk", "temperature"), [(9, 1.0), (1000, 0.7)])
 def test_entropy_has_a_gradient_and_floors_leave_tokens_out(has_floor, chunk, temperature):
-    *case, floor = with_entropy_weights()
-    floor = floor if has_floor else None
-    expected = renormalised_by_hand(*case, floor, temperature)
-    assert_same(renormalised(*case, floor, chunk, temperature), expected, 2e-6)
+    hidden, kernel, targets, weights, entropy_weights, floors = with_entropy_weights()
+    case = (hidden, kernel, targets, weights, entropy_weights, floors if has_floor else None)
+    expected = renormalised_by_hand(*case, temperature)
+    assert_same(renormalised(*case, chunk, temperature), expected, 2e-6)
     if has_floor:
         assert expected[1].min() < 1e-9 and expected[1].max() > 2.0  # from the target alone to nearly all
 

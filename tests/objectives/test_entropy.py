@@ -29,9 +29,9 @@ def test_the_share_of_tokens_with_the_highest_entropy(share, kept):
 
 def test_where_tokens_lie_makes_no_difference():
     order = np.random.default_rng(0).permutation(ENTROPY.size)
-    moved_about = [jnp.asarray(np.asarray(x).ravel()[order]) for x in (ENTROPY, MASK)]
+    entropy, mask = (jnp.asarray(np.asarray(x).ravel()[order]) for x in (ENTROPY, MASK))
     np.testing.assert_array_equal(
-        most_uncertain(*moved_about, 0.5), np.asarray(most_uncertain(ENTROPY, MASK, 0.5)).ravel()[order]
+        most_uncertain(entropy, mask, 0.5), np.asarray(most_uncertain(ENTROPY, MASK, 0.5)).ravel()[order]
     )
 
 
