@@ -127,7 +127,7 @@ def test_the_first_pass_is_a_step_on_policy(first, pieces):
 
 def test_the_reference_scores_what_it_did_not_write(pieces):
     other = fresh_params(pieces.source.decoder, 9, pieces.layout)
-    reference = Reference(other, pieces.config.grpo, pieces.layout, "float32")
+    reference = Reference(other, pieces.config.grpo.reference, pieces.layout, "float32")
     batch = make(pieces, reference)[0].ready(0, pieces.params)[0].batch
     np.testing.assert_array_equal(batch.ref_logprobs, pieces.scorers.logprobs(other, batch))
     assert np.abs(np.asarray(batch.ref_logprobs) - np.asarray(batch.old_logprobs)).max() > 0.1

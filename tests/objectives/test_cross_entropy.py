@@ -315,9 +315,8 @@ def test_eight_devices_equal_one(shape):
     found = renormalised(*sharded, *more, 4, 0.7, mesh)
     assert_same(found, [np.asarray(leaf) for leaf in renormalised(*case, entropy_weights, floor, 9, 0.7)], 1e-6)
     floors = jax.jit(support_floors, static_argnums=(2, 3, 4, 5))(*sharded[:2], 4, mesh, SUPPORTS[3], 0.7)
-    np.testing.assert_allclose(
-        floors, support_floors(*map(jnp.asarray, case[:2]), 9, None, SUPPORTS[3], 0.7), rtol=1e-5
-    )
+    hidden, kernel = (jnp.asarray(leaf) for leaf in case[:2])
+    np.testing.assert_allclose(floors, support_floors(hidden, kernel, 9, None, SUPPORTS[3], 0.7), rtol=1e-5)
 
 
 def compiled_at(function, rows, tokens, width, vocab, chunk, mesh=None, places=None) -> Any:

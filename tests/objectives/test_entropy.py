@@ -62,3 +62,10 @@ def test_the_coefficient_moves_within_its_bounds():
 
 def test_a_controller_is_a_tree():
     assert len(jax.tree.leaves(Controller(jnp.float32(1), jnp.float32(2)))) == 2
+
+
+def test_a_fixed_coefficient_stays_and_is_always_given():
+    config = EntropyConfig(entropy_coef=0.1, entropy_target=0.0)
+    first = first_controller(config)
+    assert float(applied(moved(first, jnp.float32(3.0), config), config)) == pytest.approx(0.1)
+    assert float(applied(first, config)) == pytest.approx(0.1)
