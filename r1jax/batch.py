@@ -50,6 +50,13 @@ class PackedBatch:
     updated on, so that of the policy as it is."""
     ref_logprobs: Leaf | None = None
     """GRPO: float32 log-probability under the reference; None without one."""
+    support_floor: Leaf | None = None
+    """GRPO: float32 log-probability above which a token could be drawn here; None: all could."""
+    surrogate_weight: Leaf | None = None
+    """GRPO: float32 factor of the token's policy gradient, not of its KL term; None: 1."""
+    entropy_weight: Leaf | None = None
+    """GRPO: float32, what a nat of the token's entropy takes off the step's loss for a coefficient of 1; None:
+    nothing."""
     max_segments: int = dataclasses.field(default=0, metadata={"static": True})
     """At least the documents of any row, for sums over each; 0 where nobody needs them."""
 

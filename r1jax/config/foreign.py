@@ -68,6 +68,7 @@ RENAMED: dict[str, str] = {
     "dataset_configs": "dataset_config",
     "streaming": "dataset_streaming",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
     "no_cuda": "JAX_PLATFORMS=cpu in the environment",
     "use_cpu": "JAX_PLATFORMS=cpu in the environment",
 }

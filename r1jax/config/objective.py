@@ -1,19 +1,21 @@
 """What is minimised, in both tasks, and on which tokens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from r1jax.config.errors import at_least, require
 
-LossType = Literal["nll", "chunked_nll", "dft", "grpo", "bnpo", "dr_grpo", "dapo"]
-SFT_LOSSES = ("nll", "chunked_nll", "dft")
-GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+SftLoss = Literal["nll", "chunked_nll", "dft"]
+GrpoLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+LossType = Literal[SftLoss, GrpoLoss]
+SFT_LOSSES: tuple[str, ...] = get_args(SftLoss)
+GRPO_LOSSES: tuple[str, ...] = get_args(GrpoLoss)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     loss_type: LossType = "nll"
-    """sft: nll (chunked_nll is the same: always in chunks) or dft (nll times p); grpo: how tokens are averaged."""
+    """sft: nll (chunked_nll is the same: always in chunks) or dft (nll times p); grpo: the surrogate and its mean."""
 
     neftune_noise_alpha: float | None = None
     """sft: scale of uniform noise on the embeddings while training (NEFTune); null means none."""

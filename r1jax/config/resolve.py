@@ -9,6 +9,7 @@ from r1jax.config import foreign, schema
 from r1jax.config.best import full_metric_name, greater_by_name
 from r1jax.config.errors import HIDDEN, UserError, need, shown
 from r1jax.config.nested import convert
+from r1jax.config.overruled import overruled, publishes
 from r1jax.config.schema import RunConfig
 from r1jax.config.sources import Words, read_command_line, read_config_file, read_env, unknown_key
 from r1jax.config.values import described
@@ -80,7 +81,7 @@ def _resolve(given: Mapping[str, Given], *, env: Mapping[str, str], dry_run: boo
     task = _choose_task(chosen, origins)
     _drop_other_task(task, chosen, origins, ignored)
     _fill_in(task, chosen, origins)
-    ignored += _overruled(chosen, origins)
+    ignored += overruled(chosen, origins)
     return Resolved(
         config=schema.build(chosen),
         origins={name: origins[name] for name in schema.keys() if name in origins},
@@ -180,65 +181,10 @@ def _implied(task: str, chosen: Mapping[str, Any], origins: Mapping[str, str]) -
         implied["metric_for_best_model"] = metric = full_metric_name(chosen["metric_for_best_model"])
         if chosen["greater_is_better"] is None:
             implied["greater_is_better"] = greater_by_name(metric)
-    if chosen["hub_model_id"] is None and _publishes(chosen):
+    if chosen["hub_model_id"] is None and publishes(chosen):
         implied["hub_model_id"] = Path(chosen["output_dir"]).absolute().name
     if task == "sft" and chosen["eval_packing"] is None:
         implied["eval_packing"] = chosen["packing"]
     if task == "grpo" and origins["rollout_engine"] == "default" and chosen["use_vllm"]:
         implied["rollout_engine"] = "vllm"
     return implied
-
-
-def _publishes(chosen: Mapping[str, Any]) -> bool:
-    return bool(chosen["push_to_hub"] or chosen["push_to_hub_revision"] or chosen["callbacks"])
-
-
-def _overruled(chosen: Mapping[str, Any], origins: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Given keys that another key's value makes useless, each with the reason."""
-    task = chosen["task"]
-    given = [
-        name
-        for name, origin in origins.items()
-        # a value that is the default asks for nothing: a saved config.yaml has them all
-        if origin not in ("default", "inferred") and chosen[name] != schema.keys()[name].default(task)
-    ]
-    reasons = {name: _useless(name, chosen) for name in sorted(given)}
-    return [(name, reason) for name, reason in reasons.items() if reason is not None]
-
-
-def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
-    """Why the key has no effect beside the chosen values, or None when it has one."""
-    mixed = next((key for key in ("dataset_mixture", "datasets") if chosen[key] is not None), None)
-    if name in ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split") and mixed:
-        return f"{mixed} names the rows"
-    if name == "num_train_epochs" and chosen["max_steps"] > 0:
-        return "max_steps is positive and decides the length of the run"
-    if name == "warmup_ratio" and chosen["warmup_steps"] > 0:
-        return "warmup_steps is positive and decides the warm-up"
-    if name == "packing_strategy" and not (chosen["packing"] or chosen["eval_packing"]):
-        return "packing is false"
-    if name == "remat_policy" and not chosen["gradient_checkpointing"]:
-        return "gradient_checkpointing is false"
-    if name in ("save_steps", "eval_steps", "logging_steps"):
-        strategy = name.replace("steps", "strategy")
-        # logging_steps is also what eval_steps falls back to, but then it has been copied already
-        return None if chosen[strategy] == "steps" else f"{strategy} is {chosen[strategy]}"
-    if name in ("metric_for_best_model", "greater_is_better") and not chosen["load_best_model_at_end"]:
-        return "load_best_model_at_end is false"
-    if name.startswith("hub_") and not _publishes(chosen):
-        return "nothing is pushed: push_to_hub is false"
-    if name in ("hub_strategy", "hub_always_push") and not chosen["push_to_hub"]:
-        return "push_to_hub is false"
-    if name == "overwrite_hub_revision" and not chosen["push_to_hub_revision"]:
-        return "push_to_hub_revision is false"
-    if name.startswith("wandb_") and not {"wandb", "all"} & set(chosen["report_to"]):
-        return "report_to does not have wandb"
-    if schema.keys()[name].group == "vllm" and name != "rollout_engine" and chosen["rollout_engine"] == "jax":
-        return "rollout_engine is jax: no vLLM server is used"
-    if name in ("vllm_server_host", "vllm_server_port") and chosen["vllm_server_base_url"] is not None:
-        return "vllm_server_base_url is given"
-    if name == "vllm_importance_sampling_cap" and not chosen["vllm_importance_sampling_correction"]:
-        return "vllm_importance_sampling_correction is false"
-    if name in ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"):
-        return f"the server is given it: launch/vllm_server.sh MODEL_DIR --{name[5:].replace('_', '-')}"
-    return None

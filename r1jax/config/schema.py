@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from r1jax.config.batch import BatchConfig
 from r1jax.config.best import check_best
 from r1jax.config.checkpoint import CheckpointConfig
+from r1jax.config.correction import make_correction
 from r1jax.config.data import DataConfig
 from r1jax.config.errors import need, require, shown
 from r1jax.config.geometry import check_generation_batch
@@ -82,6 +83,13 @@ class RunConfig:
         self.objective.check(self.run.task)
         if self.run.task == "grpo":
             check_generation_batch(self.batch, self.sampling, self.mesh.data_shards)
+            self._check_weights()
+
+    def _check_weights(self) -> None:
+        mode = make_correction(self.grpo.correction, same_policy=self.vllm.rollout_engine == "jax").mode
+        fits = self.objective.loss_type != "vespo" or mode is None or mode.startswith("token")
+        rule = "token_truncate or token_mask with loss_type vespo"
+        require(fits, "vllm_importance_sampling_mode", rule, mode, "vespo has the ratio of the completion already")
 
     def _check_evaluation(self) -> None:
         if not (self.reporting.do_eval or self.reporting.eval_strategy != "no"):

@@ -47,12 +47,6 @@ class VllmConfig:
     vllm_guided_decoding_regex: str | None = None
     """Regular expression that completions must match; null means free text."""
 
-    vllm_importance_sampling_correction: bool = True
-    """Weigh each token by its probability to the trainer over that to the server, which compute it differently."""
-
-    vllm_importance_sampling_cap: float = 2.0
-    """Upper bound of that weight; at least 1."""
-
     def __post_init__(self) -> None:
         port = self.vllm_server_port
         require(1 <= port <= 65535, "vllm_server_port", "1 <= x <= 65535", port, "8000 is the default")
@@ -66,15 +60,6 @@ class VllmConfig:
         part = self.vllm_gpu_memory_utilization
         require(0 < part <= 1, "vllm_gpu_memory_utilization", "0 < x <= 1", part, "it is a part of the memory")
         at_least("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size, 1, "1 means one device")
-        # TRL takes any number; below 1 every token on which trainer and server agree would be cut too.
-        advice = "2 is usual; vllm_importance_sampling_correction: false is for no weights"
-        at_least("vllm_importance_sampling_cap", self.vllm_importance_sampling_cap, 1, advice)
-
-    @property
-    def importance_cap(self) -> float | None:
-        """The bound of the weights; None without them: what the embedded engine computes is the trainer's own."""
-        corrected = self.rollout_engine == "vllm" and self.vllm_importance_sampling_correction
-        return self.vllm_importance_sampling_cap if corrected else None
 
     @property
     def server_urls(self) -> tuple[str, ...]:

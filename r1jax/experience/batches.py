@@ -80,10 +80,13 @@ def build_step(
     layout: StepLayout,
     geometry: Geometry,
     local_rows: Sequence[int],
+    *,
+    as_drawn: bool = False,
 ) -> PackedBatch:
     """The step as numpy arrays [A, local rows, row length]; padding is 0 in every field.
 
     loss_tokens [N]: 0 for a rollout that is not trained on, though it is read; weights [N]: of each trained token.
+    as_drawn: sampler_logprobs are of the distribution that was drawn from, not of the policy at the temperature.
     """
     width = geometry.rows_per_micro_batch
     shape = (geometry.max_micro_batches, len(local_rows), geometry.row_length)
@@ -103,6 +106,6 @@ def build_step(
                 integers["loss_mask"][span] = trained
                 floats["loss_weight"][span] = trained * weights[number]
                 floats["advantages"][span] = trained * advantages[number]
-                floats["sampler_logprobs"][span] = trained * rollout.policy_logprobs
+                floats["sampler_logprobs"][span] = trained * (rollout.logprobs if as_drawn else rollout.policy_logprobs)
                 start += len(rollout.tokens)
     return PackedBatch(**integers, **floats, max_segments=geometry.max_segments)

@@ -25,14 +25,12 @@ from r1jax.experience.drawing import Drawing, Request
 from r1jax.experience.exchange import all_gathered
 from r1jax.experience.plan import GenerationPlan
 from r1jax.experience.report import experience_metrics
+from r1jax.experience.scoring import Scoring
 from r1jax.objectives.reductions import Weigh
 from r1jax.rollout.journal import Label
 from r1jax.sharding.placement import local_rows, to_devices
 
 Params = Any
-Score = Callable[[Params, PackedBatch], jax.Array]
-"""(parameters, batch) -> log-probability of every token."""
-
 Observe = Callable[[int, Experience, Mapping[str, float]], None]
 """(updates done, the experience that the next update begins with, its metrics) -> nothing."""
 
@@ -46,6 +44,8 @@ class Packer:
     weigh: Weigh
     masks_truncated: bool
     """Whether completions that met the limit are left out of the loss."""
+    as_drawn: bool = False
+    """Whether the sampler's log-probabilities are those of the distribution that it drew from, not the policy's."""
 
     def pack(
         self, experience: Experience, chosen: Sequence[int], micro_batches: np.ndarray
@@ -64,6 +64,7 @@ class Packer:
             layout,
             self.geometry,
             mine,
+            as_drawn=self.as_drawn,
         )
         return to_devices(batch, self.sharding, width, mine), layout
 
@@ -90,9 +91,7 @@ class Generations:
     prompts: Prompts
     collector: Collector
     packer: Packer
-    score: Score
-    reference: Callable[[], Params] | None
-    """Gives the parameters of the reference; None without a KL term."""
+    scoring: Scoring
     observe: Observe
     """Told of each new generation."""
     depth: int = 0
@@ -180,19 +179,11 @@ class Generations:
                 progress.report("packing and scoring")
                 batch, layout = self.packer.pack(experience, key, micro_batches)
                 made[key] = Ready(
-                    batch=self._with_scores(batch, params),
+                    batch=self.scoring.scored(batch, params),
                     lengths=tuple(len(experience.rollouts[number].tokens) for number in key),
                     efficiency=layout.efficiency,
                 )
             self.kept[step] = made[key]
-
-    def _with_scores(self, batch: PackedBatch, params: Params) -> PackedBatch:
-        if self.reference is not None:
-            batch = dataclasses.replace(batch, ref_logprobs=self.score(self.reference(), batch))
-        if self.plan.updates_again:
-            # Before the first update on them, and in the shapes of the update: the ratio then starts at exactly 1.
-            batch = dataclasses.replace(batch, old_logprobs=self.score(params, batch))
-        return batch
 
 
 def _staleness(experience: Experience, step: int) -> dict[str, float]:

@@ -73,14 +73,17 @@ def _place(shape: Sequence[int], sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*((None, None, BATCH_AXES) if shape[2] % shards == 0 else ())))
 
 
-def check(metadata: Mapping[str, Any], *, with_reference: bool) -> None:
-    """Raises `UserError` where a run with a reference cannot use batches that were kept by a run without one."""
+def check(metadata: Mapping[str, Any], scored: Mapping[str, tuple[str, bool]]) -> None:
+    """Raises `UserError` where a run cannot use batches that were kept by a run that scored other fields of them.
+
+    scored: by the field, the key that asks for it and whether it does in this run.
+    """
     kept = metadata[NAME]["batches"] if NAME in metadata else []
-    scored = all("ref_logprobs" in batch["leaves"] for batch in kept)
-    if kept and scored != with_reference:
-        rule = "beta to be 0 or above 0 as it was when the generation was made"
-        advice = "go on with the old beta until a checkpoint at the generation's end"
-        raise need("resume_from_checkpoint", rule, "a checkpoint in the middle of one", advice)
+    for field, (key, wanted) in scored.items():
+        if any((field in batch["leaves"]) != wanted for batch in kept):
+            rule = f"{key} on or off as when the generation was made"
+            advice = "keep it so until a checkpoint at the generation's end"
+            raise need("resume_from_checkpoint", rule, "a checkpoint in the middle of one", advice)
 
 
 def restored(

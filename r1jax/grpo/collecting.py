@@ -8,6 +8,7 @@ from r1jax.experience.collect import Collector
 from r1jax.experience.drawing import Request
 from r1jax.experience.generations import Generations, Observe, Packer
 from r1jax.experience.report import experience_metrics
+from r1jax.experience.scoring import Scorers, Scoring
 from r1jax.experience.task import Task
 from r1jax.objectives.reductions import weigh_by
 from r1jax.rewards.grading import Graders
@@ -15,7 +16,6 @@ from r1jax.rollout.engine import EVALUATION, RolloutEngine
 from r1jax.training.reference import Reference
 from r1jax.training.source import Source
 from r1jax.training.state import StateLayout, TrainState
-from r1jax.training.step import ScoreStep
 
 
 def open_graders(config: RunConfig, task: Task) -> Graders:
@@ -46,7 +46,7 @@ def make_generations(
     layout: StateLayout,
     task: Task,
     collector: Collector,
-    score: ScoreStep,
+    scorers: Scorers,
     reference: Reference | None,
     observe: Observe,
     kept: dict[int, Any],
@@ -61,9 +61,15 @@ def make_generations(
             sharding=layout.batch,
             weigh=weigh_by(config.objective.loss_type, config.sampling.max_completion_length),
             masks_truncated=config.grpo.mask_truncated_completions,
+            as_drawn=scorers.floors is not None,
         ),
-        score=score,
-        reference=None if reference is None else lambda: reference.params,
+        scoring=Scoring(
+            scorers=scorers,
+            reference=None if reference is None else lambda: reference.params,
+            keeps_old=task.plan.updates_again,
+            entropy=config.grpo.entropy,
+            sharding=layout.batch,
+        ),
         observe=observe,
         depth=config.vllm.rollout_async_depth,
         kept=kept,

@@ -16,7 +16,7 @@ from r1jax.experience.observer import Observer
 from r1jax.experience.task import Task, read_task
 from r1jax.grpo.collecting import evaluate_policy, make_collector, make_generations, open_graders
 from r1jax.grpo.sampling import cache_bytes, open_engine, open_journal
-from r1jax.grpo.steps import make_steps
+from r1jax.grpo.steps import make_steps, scored_for
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
 from r1jax.objectives.grpo import policy_metrics
 from r1jax.rollout import journal
@@ -24,6 +24,7 @@ from r1jax.rollout.journal import Journal, Label
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
+from r1jax.training.bonus import EntropyBonus
 from r1jax.training.cadence import make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named
 from r1jax.training.opening import Opening, begin_writing, opened
@@ -50,7 +51,7 @@ def run(config: RunConfig) -> None:
     with opened(config, source) as opening:
         if opening.start is not None:
             order.check(opening.start.metadata)
-            storage.check(opening.start.metadata, with_reference=bool(config.grpo.beta))
+            storage.check(opening.start.metadata, scored_for(config))
         samples, ahead = open_journal(config, opening)
         with contextlib.closing(open_engine(config, source, layout, task, samples)) as engine:
             # 2. The estimate comes before the compiler has its say.
@@ -63,7 +64,7 @@ def run(config: RunConfig) -> None:
                 cache_bytes=cache_bytes(config, source, layout, task),
             )
             # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
-            state, reference, kept = begin(config, source, layout, task, order, opening)
+            state, beside, kept = begin(config, source, layout, task, order, opening)
             # 4. Training, then the model as others read it.
             keeper = begin_writing(config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics)
             with (
@@ -73,9 +74,7 @@ def run(config: RunConfig) -> None:
             ):
                 collector = make_collector(config, source, task, graders, engine)
                 experience = Kept(batches=kept, ahead=ahead, journal=samples)
-                state, done = train_policy(
-                    config, source, layout, task, collector, state, reference, experience, keeper
-                )
+                state, done = train_policy(config, source, layout, task, collector, state, beside, experience, keeper)
                 if done == task.plan.num_steps:
                     keeper.finish(done, state)
                     if samples is not None and jax.process_index() == 0:
@@ -94,26 +93,48 @@ class Kept:
     """Of samples; None where they can be drawn again."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What goes through a run beside its state, and into its checkpoints."""
+
+    reference: Reference | None
+    """None without a KL term."""
+    bonus: EntropyBonus | None
+    """None without an entropy bonus."""
+
+    @property
+    def parts(self) -> list[Reference | EntropyBonus]:
+        """Those that there are."""
+        return [part for part in (self.reference, self.bonus) if part is not None]
+
+    def trees(self) -> dict[str, Any]:
+        """What a checkpoint holds of them."""
+        return {name: tree for part in self.parts for name, tree in part.trees().items()}
+
+    def abstract(self) -> dict[str, Any]:
+        """What `trees` holds, as shapes with their shardings."""
+        return {name: tree for part in self.parts for name, tree in part.abstract().items()}
+
+
 def begin(
     config: RunConfig, source: Source, layout: StateLayout, task: Task, order: DataOrder, opening: Opening
-) -> tuple[TrainState, Reference | None, dict[int, Any]]:
-    """(the state, the reference if there is a KL term, the batches that a checkpoint has kept for its next steps)."""
+) -> tuple[TrainState, Beside, dict[int, Any]]:
+    """(the state, what goes beside it, the batches that a checkpoint has kept for its next steps)."""
     start, reference, params = opening.start, None, None
-    if start is None or config.grpo.beta:
+    if start is None or config.grpo.reference.beta:
         params = first_params(config, source, layout)
-    if config.grpo.beta:
-        reference = Reference(params, config.grpo, layout, config.model.compute_dtype)
+    if config.grpo.reference.beta:
+        reference = Reference(params, config.grpo.reference, layout, config.model.compute_dtype)
+    bonus = EntropyBonus(config.grpo.entropy, layout) if config.grpo.entropy.has_bonus else None
+    beside = Beside(reference=reference, bonus=bonus)
     if start is None:
-        return start_state(params, config.optimizer, layout), reference, {}
+        return start_state(params, config.optimizer, layout), beside, {}
     del params
-    beside = {
-        **(reference.abstract() if reference else {}),
-        **storage.abstract(start.metadata, layout.batch),
-    }
-    state, trees = restore_beside(start, opening.checkpoints, layout, order, beside)
-    if reference:
-        reference.take(trees)
-    return state, reference, storage.restored(trees, start.metadata, task.geometry, layout.batch)
+    wanted = {**beside.abstract(), **storage.abstract(start.metadata, layout.batch)}
+    state, trees = restore_beside(start, opening.checkpoints, layout, order, wanted)
+    for part in beside.parts:
+        part.take(trees)
+    return state, beside, storage.restored(trees, start.metadata, task.geometry, layout.batch)
 
 
 def train_policy(
@@ -123,13 +144,15 @@ def train_policy(
     task: Task,
     collector: Collector,
     state: TrainState,
-    reference: Reference | None,
+    beside: Beside,
     kept: Kept,
     keeper: Keeper,
 ) -> tuple[TrainState, int]:
     """(the final state, updates done)."""
     plan, output_dir = task.plan, Path(config.run.output_dir)
-    step, score = make_steps(config, source, layout, plan.num_steps)
+    step, scorers = make_steps(config, source, layout, plan.num_steps)
+    step = step if beside.bonus is None else beside.bonus.around(step)
+    reference = beside.reference
     cadence = make_cadence(config, plan.num_steps, plan.num_steps_per_epoch)
 
     def shows(first: int) -> bool:
@@ -145,7 +168,7 @@ def train_policy(
         start_step=int(state.step),
         log_table=keeper.recorder.trackers.log_table,
     )
-    generations = make_generations(config, layout, task, collector, score, reference, observer.observe, kept.batches)
+    generations = make_generations(config, layout, task, collector, scorers, reference, observer.observe, kept.batches)
     generations.ahead = kept.ahead
     whole = int(state.step)  # the checkpoint that is on disk when the next one begins
 
@@ -163,7 +186,7 @@ def train_policy(
                 metrics={**metrics, "packing_efficiency": ready.efficiency},
             )
 
-    def beside(done: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    def stored(done: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         nonlocal whole
         trees, metadata = storage.stored(generations.kept)
         if generations.ahead is not None:
@@ -171,7 +194,7 @@ def train_policy(
         if kept.journal is not None and jax.process_index() == 0:
             kept.journal.discard_before(plan.step(whole)[0])
         whole = done
-        return {**trees, **(reference.trees() if reference else {})}, metadata
+        return {**trees, **beside.trees()}, metadata
 
     def measure(now: TrainState) -> dict[str, float]:
         generations.settle()
@@ -188,7 +211,7 @@ def train_policy(
             recorder=keeper.recorder,
             tasks=loop.Tasks(
                 evaluate=measure if task.held_out is not None else None,
-                save=dataclasses.replace(keeper, beside=beside).save,
+                save=dataclasses.replace(keeper, beside=stored).save,
                 check=keeper.check,
             ),
         )

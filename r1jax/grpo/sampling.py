@@ -13,7 +13,7 @@ from r1jax.experience.engines import make_engine
 from r1jax.experience.task import Task
 from r1jax.grpo.steps import make_policy_statistics
 from r1jax.models.parameters import Params
-from r1jax.objectives.grpo import make_scorer
+from r1jax.objectives.statistics import make_scorer
 from r1jax.rollout import journal
 from r1jax.rollout.engine import RolloutEngine
 from r1jax.rollout.journal import Journal, Label

@@ -1,186 +1,20 @@
 """Log-probabilities over the vocabulary in chunks of tokens, so that no [tokens, V] array is ever whole.
 
-The backward pass keeps the logsumexp of each token and recomputes its logits. On a mesh every device works through
-its own tokens (chunks never cross a sharded axis) against its own slice of the vocabulary, and the gradient of the
-kernel is summed over devices once, not once a chunk: both loops are local under `shard_map`.
+The backward pass keeps the logsumexp of each token and recomputes its logits.
 """
 # JAX's own annotations are partly unknown to a strict checker.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownLambdaType=false
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from r1jax.sharding.mesh import BATCH_AXES
-from r1jax.sharding.rules import STATE_AXES
-
-CHUNK_ELEMENTS = 2**26
-"""Logits that exist at one time on a device where no chunk size is given: 256 MiB in float32."""
-
-
-def default_chunk(vocab_size: int) -> int:
-    """Tokens a chunk, at least 128: smaller ones starve the matrix units."""
-    return max(128, CHUNK_ELEMENTS // vocab_size)
-
-
-def _chunked(tokens: Array, chunk: int) -> Array:
-    """[tokens, ...] as equal chunks [chunks, at most chunk, ...], the fewest zeros possible at the end."""
-    count = -(-tokens.shape[0] // chunk)
-    chunk = -(-tokens.shape[0] // count)
-    widths = [(0, count * chunk - tokens.shape[0])] + [(0, 0)] * (tokens.ndim - 1)
-    return jnp.pad(tokens, widths).reshape(count, chunk, *tokens.shape[1:])
-
-
-def _over_chunks(body: Callable[[Any, Any], Any], carry: Any, chunks: Any) -> Any:
-    if jax.tree.leaves(chunks)[0].shape[0] == 1:  # a loop of one would only cost a copy of its carry
-        carry, outputs = body(carry, jax.tree.map(lambda leaf: leaf[0], chunks))
-        return carry, jax.tree.map(lambda leaf: leaf[None], outputs)
-    return jax.lax.scan(body, carry, chunks)
-
-
-def _first_id(vocab_slice: int, axis: str | None) -> Array | int:
-    """The token id of this device's first column of the kernel."""
-    return jax.lax.axis_index(axis) * vocab_slice if axis else 0
-
-
-def _logits(hidden: Array, vectors: Array, temperature: float = 1.0) -> Array:
-    """Float32 [tokens, V] from the tokens' output vectors [V, D], over the temperature.
-
-    Both loops read the kernel in this orientation, which is a tied embedding's own: XLA on CPU copies a transposed one.
-    """
-    logits = jnp.matmul(hidden, vectors.T, preferred_element_type=jnp.float32)
-    return logits if temperature == 1 else logits / temperature
-
-
-def _statistics(logits: Array, targets: Array, axis: str | None) -> tuple[Array, Array, Array, Array]:
-    """(target's logit, highest logit, exp(logits - highest), its sum) of a chunk; all but the third are [tokens]."""
-    reduce_sum = (lambda x: jax.lax.psum(x, axis)) if axis else (lambda x: x)
-    reduce_max = (lambda x: jax.lax.pmax(x, axis)) if axis else (lambda x: x)
-    # The target lies in one device's slice; the others add 0.
-    column = targets - _first_id(logits.shape[1], axis)
-    inside = (column >= 0) & (column < logits.shape[1])
-    own = jnp.take_along_axis(logits, jnp.where(inside, column, 0)[:, None], axis=1)[:, 0]
-    target = reduce_sum(jnp.where(inside, own, 0.0))
-    highest = reduce_max(jnp.max(logits, axis=-1))
-    exponentials = jnp.exp(logits - highest[:, None])
-    return target, highest, exponentials, reduce_sum(jnp.sum(exponentials, axis=-1))
-
-
-def _local_forward(
-    hidden: Array,
-    kernel: Array,
-    targets: Array,
-    *,
-    chunk: int,
-    axis: str | None,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-) -> tuple[Array, ...]:
-    """(log-probability, is the target a most likely token, logsumexp, maybe entropy) of this device's tokens, all
-    [B, T]."""
-
-    vectors = kernel.T
-
-    def body(carry: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
-        logits = _logits(part[0], vectors, temperature)
-        target, highest, exponentials, total = _statistics(logits, part[1], axis)
-        logsumexp = highest + jnp.log(total)
-        found = (target - logsumexp, target >= highest, logsumexp)
-        if not with_entropy:
-            return carry, found
-        # -sum p log p, where log p = (logits - highest) - log total.
-        weighted = jnp.sum(exponentials * (logits - highest[:, None]), axis=-1)
-        weighted = jax.lax.psum(weighted, axis) if axis else weighted
-        return carry, (*found, jnp.log(total) - weighted / total)
-
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    _, outputs = _over_chunks(body, None, (_chunked(flat, chunk), _chunked(targets.reshape(-1), chunk)))
-    return tuple(out.reshape(-1)[: targets.size].reshape(targets.shape) for out in outputs)
-
-
-def _local_gradients(
-    hidden: Array,
-    kernel: Array,
-    targets: Array,
-    weights: Array,
-    logsumexp: Array | None = None,
-    *,
-    chunk: int,
-    axis: str | None,
-    batch_axes: tuple[str, ...],
-    by_probability: bool = False,
-    temperature: float = 1.0,
-) -> tuple[Array, Array, Array, Array]:
-    """(log-probability [B, T], is top [B, T], gradients of sum(weights * logprob): hidden [B, T, D], kernel [D, V]).
-
-    d logprob / d logits = (onehot(target) - softmax) / temperature. A known logsumexp saves the passes over the logits
-    that find it; the first two results are then not to be used. by_probability multiplies each weight by the target's
-    probability.
-    """
-    vectors = kernel.T
-    ids = _first_id(vectors.shape[0], axis) + jnp.arange(vectors.shape[0])
-
-    def body(gradient: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:
-        tokens, target_ids, weight, *known = part
-        logits = _logits(tokens, vectors, temperature)
-        if known:
-            logprobs, is_top = jnp.zeros_like(weight), jnp.zeros(weight.shape, bool)
-            softmax = jnp.exp(logits - known[0][:, None])
-        else:
-            target, highest, exponentials, total = _statistics(logits, target_ids, axis)
-            logprobs, is_top = target - highest - jnp.log(total), target >= highest
-            softmax = exponentials / total[:, None]
-            weight = weight * jnp.exp(logprobs) if by_probability else weight
-        weight = weight if temperature == 1 else weight / temperature
-        slope = weight[:, None] * ((ids == target_ids[:, None]).astype(jnp.float32) - softmax)
-        slope = slope.astype(kernel.dtype)
-        gradient += jnp.matmul(slope.T, tokens, preferred_element_type=jnp.float32)
-        return gradient, (logprobs, is_top, jnp.matmul(slope, vectors, preferred_element_type=jnp.float32))
-
-    flat = [leaf.reshape(-1) for leaf in (targets, weights, logsumexp) if leaf is not None]
-    parts = tuple(_chunked(leaf, chunk) for leaf in (hidden.reshape(-1, hidden.shape[-1]), *flat))
-    gradient, outputs = _over_chunks(body, jnp.zeros(vectors.shape, jnp.float32), parts)
-    logprobs, is_top = (leaf.reshape(-1)[: targets.size].reshape(targets.shape) for leaf in outputs[:2])
-    hidden_gradient = outputs[2].reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
-    if axis:
-        hidden_gradient = jax.lax.psum(hidden_gradient, axis)
-    if batch_axes:
-        gradient = jax.lax.psum(gradient, batch_axes)
-    return logprobs, is_top, hidden_gradient.astype(hidden.dtype), gradient.T.astype(kernel.dtype)
-
-
-def _mapped(function: Callable[..., Any], mesh: Mesh | None, arguments: str, results: str) -> Callable[..., Any]:
-    """function under `shard_map`; one letter an array: h hidden [B, T, D], k kernel [D, V], t per-token [B, T]."""
-    if mesh is None:
-        return function
-    specs = {
-        "h": PartitionSpec(BATCH_AXES, "context", None),
-        "k": PartitionSpec(None, "tensor"),
-        "t": PartitionSpec(BATCH_AXES, "context"),
-    }
-    inputs, outputs = tuple(specs[letter] for letter in arguments), tuple(specs[letter] for letter in results)
-    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
-
-
-def _gradients(
-    chunk: int, mesh: Mesh | None, arguments: str, *, by_probability: bool = False, temperature: float = 1.0
-) -> Callable[..., Any]:
-    axes = STATE_AXES if mesh else ()
-    local = functools.partial(
-        _local_gradients,
-        chunk=chunk,
-        axis="tensor" if mesh else None,
-        batch_axes=axes,
-        by_probability=by_probability,
-        temperature=temperature,
-    )
-    return _mapped(local, mesh, arguments, "tthk")
+from r1jax.models.support import Support, floor_of
+from r1jax.objectives.vocabulary import chunked, gradients_by, local_forward, logits_of, mapped, over_chunks
 
 
 def token_logprobs(
@@ -198,7 +32,8 @@ def token_logprobs(
     chunk: tokens a device holds logits of at one time. mesh: rows are split over data x fsdp and the vocabulary over
     tensor, which must divide them; None for one device. Only the log-probabilities have a gradient.
     """
-    return _differentiable(hidden, kernel, targets, chunk, mesh, temperature, False)
+    told: Any = _differentiable(hidden, kernel, targets, {}, chunk, mesh, temperature, False, False)
+    return told[0]["logprobs"], told[1]
 
 
 def token_logprobs_and_entropy(
@@ -209,54 +44,70 @@ def token_logprobs_and_entropy(
     mesh: Mesh | None = None,
     *,
     temperature: float = 1.0,
+    floor: Float[Array, "B T"] | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """The log-probabilities of `token_logprobs`, and the entropy of each token's distribution in nats, of one pass.
 
-    Only the log-probabilities have a gradient.
+    floor: both are of the distribution over the target and the tokens whose log-probability is at least that, which
+    are taken for fixed. entropy_gradient: the entropy has a gradient too, which costs a pass over the logits' slopes.
     """
-    found: Any = _differentiable(hidden, kernel, targets, chunk, mesh, temperature, True)
-    return found[0], found[2]
+    given = {} if floor is None else {"floor": floor}
+    told: Any = _differentiable(hidden, kernel, targets, given, chunk, mesh, temperature, True, entropy_gradient)
+    return told[0]["logprobs"], told[0]["entropy"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
 def _differentiable(
     hidden: Array,
     kernel: Array,
     targets: Array,
+    floor: dict[str, Array],
     chunk: int,
     mesh: Mesh | None,
     temperature: float,
     with_entropy: bool,
+    entropy_gradient: bool,
 ) -> Any:
-    return _forward(hidden, kernel, targets, chunk, mesh, temperature, with_entropy)[0]
+    return _forward(hidden, kernel, targets, floor, chunk, mesh, temperature, with_entropy, entropy_gradient)[0]
 
 
 def _forward(
     hidden: Array,
     kernel: Array,
     targets: Array,
+    floor: dict[str, Array],
     chunk: int,
     mesh: Mesh | None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[Any, Any]:
     axis = "tensor" if mesh else None
-    local = functools.partial(
-        _local_forward, chunk=chunk, axis=axis, temperature=temperature, with_entropy=with_entropy
-    )
-    results = "tttt" if with_entropy else "ttt"
-    logprobs, is_top, logsumexp, *entropy = _mapped(local, mesh, "hkt", results)(hidden, kernel, targets)
-    return (logprobs, is_top, *entropy), (hidden, kernel, targets, logsumexp)
+    local = functools.partial(local_forward, chunk=chunk, axis=axis, temperature=temperature, with_entropy=with_entropy)
+    found, is_top = mapped(local, mesh, "hktt", "tt")(hidden, kernel, targets, floor)
+    told = {name: found[name] for name in ("logprobs", "entropy") if name in found}
+    needed = ("logsumexp", "level", "entropy") if entropy_gradient else ("logsumexp", "level")
+    return (told, is_top), (hidden, kernel, targets, {name: found[name] for name in needed if name in found})
 
 
 def _backward(
-    chunk: int, mesh: Mesh | None, temperature: float, with_entropy: bool, residuals: Any, cotangents: Any
-) -> tuple[Any, Any, None]:
+    chunk: int,
+    mesh: Mesh | None,
+    temperature: float,
+    with_entropy: bool,
+    entropy_gradient: bool,
+    residuals: Any,
+    cotangents: Any,
+) -> tuple[Any, ...]:
     del with_entropy
-    hidden, kernel, targets, logsumexp = residuals
-    made = _gradients(chunk, mesh, "hkttt", temperature=temperature)
-    gradients = made(hidden, kernel, targets, cotangents[0], logsumexp)[2:]
-    return *gradients, None
+    hidden, kernel, targets, known = residuals
+    slopes = cotangents[0]
+    if entropy_gradient:
+        known = {**known, "entropy_weights": slopes["entropy"]}
+    made = gradients_by(chunk, mesh, temperature=temperature)
+    gradients = made(hidden, kernel, targets, slopes["logprobs"], known)[2:]
+    return *gradients, None, None
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -289,15 +140,15 @@ def _total(weights: Array, logprobs: Array, by_probability: bool) -> Array:
 def _weighted(
     hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None, by_probability: bool
 ) -> Any:
-    logprobs, is_top = _forward(hidden, kernel, targets, chunk, mesh)[0]
-    return _total(weights, logprobs, by_probability), is_top
+    found, is_top = _forward(hidden, kernel, targets, {}, chunk, mesh)[0]
+    return _total(weights, found["logprobs"], by_probability), is_top
 
 
 def _weighted_forward(
     hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int, mesh: Mesh | None, by_probability: bool
 ) -> tuple[Any, Any]:
-    made = _gradients(chunk, mesh, "hktt", by_probability=by_probability)(hidden, kernel, targets, -weights)
-    logprobs, is_top, *gradients = made
+    made = gradients_by(chunk, mesh, by_probability=by_probability)
+    logprobs, is_top, *gradients = made(hidden, kernel, targets, -weights, {})
     return (_total(weights, logprobs, by_probability), is_top), gradients
 
 
@@ -310,3 +161,29 @@ def _weighted_backward(
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def support_floors(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    chunk: int,
+    mesh: Mesh | None,
+    support: Support,
+    temperature: float,
+) -> Float[Array, "B T"]:
+    """The log-probability that parts the tokens that can be drawn after each position from those that cannot, see
+    `floor_of`; no gradient. Each device sees the whole vocabulary of a chunk of its tokens."""
+
+    def local(hidden: Array, kernel: Array) -> Array:
+        vectors = kernel.T
+
+        def body(carry: None, tokens: Array) -> tuple[None, Array]:
+            logits = logits_of(tokens, vectors, temperature)
+            if mesh is not None:
+                logits = jax.lax.all_gather(logits, "tensor", axis=1, tiled=True)
+            return carry, floor_of(jax.nn.log_softmax(logits), support)
+
+        _, floors = over_chunks(body, None, chunked(hidden.reshape(-1, hidden.shape[-1]), chunk))
+        return floors.reshape(-1)[: hidden.shape[0] * hidden.shape[1]].reshape(hidden.shape[:2])
+
+    return jax.lax.stop_gradient(mapped(local, mesh, "hk", "t")(hidden, kernel))

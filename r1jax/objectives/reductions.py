@@ -17,14 +17,16 @@ def weigh_by(loss_type: str, max_completion_length: int) -> Weigh:
 
     def weigh(loss_tokens: Float[np.ndarray, " S"], micro_batches: Integer[np.ndarray, " S"]) -> np.ndarray:
         match loss_type:
-            case "grpo":
+            case "grpo" | "sapo":
                 return sequence_mean(loss_tokens)
             case "bnpo":
                 return micro_batch_mean(loss_tokens, micro_batches)
             case "dr_grpo":
                 return constant_length(loss_tokens, max_completion_length)
+            case "luspo":
+                return sequence_sum(loss_tokens)
             case _:
-                assert loss_type == "dapo", loss_type
+                assert loss_type in ("dapo", "cispo", "vespo"), loss_type
                 return token_mean(loss_tokens)
 
     return weigh
@@ -33,7 +35,8 @@ def weigh_by(loss_type: str, max_completion_length: int) -> Weigh:
 def token_mean(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
     """1 / N for every token, N being the trained tokens of the whole step: the mean over tokens, not over sequences.
 
-    The loss of SFT, and of `loss_type: dapo` (Yu et al. 2025, eq. 8).
+    The loss of SFT, and of `loss_type: dapo` (Yu et al. 2025, eq. 8), cispo and vespo. TRL before 1.16 divides by the
+    tokens of the generation batch, of which a step may be a part.
 
     Gradient accumulation therefore gives sum / sum, never a mean of means.
     """
@@ -51,6 +54,12 @@ def sequence_mean(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S
     A sequence with nothing to train on, such as a masked one, still counts as a sequence.
     """
     return 1.0 / (np.maximum(loss_tokens, 1.0) * max(len(loss_tokens), 1))
+
+
+def sequence_sum(loss_tokens: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+    """`loss_type: luspo`: the mean over sequences of their sums, so that with a ratio of whole sequences each counts
+    by its length (LUSPO, 2026, arXiv:2602.05261): what is long is not punished for it."""
+    return np.full(loss_tokens.shape, 1.0 / max(len(loss_tokens), 1))
 
 
 def micro_batch_mean(

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 from r1jax.batch import PackedBatch
 from r1jax.models.config import DecoderConfig
 from r1jax.models.transformer import Constrain, RematPolicy, forward, output_kernel, prepare, unconstrained
-from r1jax.objectives.cross_entropy import default_chunk, weighted_nll
+from r1jax.objectives.cross_entropy import weighted_nll
 from r1jax.objectives.neftune import neftune
+from r1jax.objectives.vocabulary import default_chunk
 
 Loss = Callable[..., tuple[Float[Array, ""], dict[str, Array]]]
 """(parameters, micro-batch [B, T], key or nothing) -> (loss, sums): both add up over the micro-batches of a step."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
+from r1jax.models.support import min_p_logits, nucleus_logits, top_k_logits
 from r1jax.rollout.settings import SamplingSettings
 
 
@@ -147,29 +148,3 @@ def penalised_logits(
 ) -> Float[Array, "B V"]:
     """The logits with those of seen tokens made smaller: over the penalty, or times it below 0 (Keskar et al. 2019)."""
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def top_k_logits(logits: Float[Array, "B V"], top_k: int) -> Float[Array, "B V"]:
-    """The logits of the top_k likeliest tokens and of those as likely as the last of them, -inf elsewhere."""
-    lowest = jax.lax.top_k(logits, top_k)[0][:, -1:]
-    return jnp.where(logits < lowest, -jnp.inf, logits)
-
-
-def nucleus_logits(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """The logits of the fewest likeliest tokens that hold probability top_p, -inf elsewhere (Holtzman et al. 2020)."""
-    descending = -jnp.sort(-logits, axis=-1)
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    num_kept = jnp.maximum(jnp.sum(before < top_p, axis=-1, keepdims=True), 1)
-    lowest = jnp.take_along_axis(descending, num_kept - 1, axis=-1)
-    # Of tokens that are as likely as the last one kept, the first ones, so that no more than needed stay.
-    above, level = logits > lowest, logits == lowest
-    room = num_kept - jnp.sum(above, axis=-1, keepdims=True)
-    keep = above | (level & (jnp.cumsum(level, axis=-1) <= room))
-    return jnp.where(keep, logits, -jnp.inf)
-
-
-def min_p_logits(logits: Float[Array, "B V"], min_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """The logits of tokens at least min_p times as likely as the likeliest, -inf elsewhere (Nguyen et al. 2024)."""
-    lowest = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
-    return jnp.where(logits < lowest, -jnp.inf, logits)

@@ -16,7 +16,7 @@ from r1jax.config.errors import ResumableFailure, RunFailure, need
 from r1jax.models.config import DecoderConfig
 from r1jax.models.fingerprint import fingerprint
 from r1jax.models.parameters import Params
-from r1jax.rollout.distribution import reshapes, switches
+from r1jax.rollout.distribution import switches
 from r1jax.rollout.engine import EVALUATION, as_rollout
 from r1jax.rollout.journal import Journal, Label, Page
 from r1jax.rollout.sampler import Completion, check_prompt
@@ -214,16 +214,17 @@ class VllmEngine:
 
 
 def _refuse_reshaped(settings: SamplingSettings, config: DecoderConfig) -> None:
-    """Raises for a distribution of which the server's log-probabilities say nothing about the policy's."""
-    if reshapes(switches(settings, config.vocab_size)):
-        names = ("top_k", "top_p", "min_p", "repetition_penalty")
-        got = ", ".join(f"{name} {getattr(settings, name)}" for name in names)
-        rule = "samples of the policy at its temperature with rollout_engine: vllm"
+    """Raises for a distribution that the trainer cannot follow: it can where tokens are only cut off, in our order."""
+    on = switches(settings, config.vocab_size)
+    if on.repetition or on.min_p:
+        got = ", ".join(f"{name} {getattr(settings, name)}" for name in ("min_p", "repetition_penalty"))
+        rule = "the policy at its temperature, cut by top_k and top_p alone, with rollout_engine: vllm"
         raise need("rollout_engine", rule, got, "leave these keys out, or sample with rollout_engine: jax")
 
 
 def completion_of(sample: Sample) -> Completion:
-    """The sample as the embedded sampler would give it; the policy's log-probabilities are taken for the same."""
+    """The sample as the embedded sampler would give it; the policy's log-probabilities are taken for the same,
+    which is right where nothing is cut off."""
     return Completion(
         token_ids=sample.token_ids,
         logprobs=sample.logprobs,

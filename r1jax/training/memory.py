@@ -12,7 +12,7 @@ from r1jax.config.errors import RunFailure
 from r1jax.config.schema import RunConfig
 from r1jax.models.config import DecoderConfig
 from r1jax.models.transformer import RematPolicy
-from r1jax.objectives.cross_entropy import default_chunk
+from r1jax.objectives.vocabulary import default_chunk
 from r1jax.sharding.mesh import data_shards
 from r1jax.sharding.rules import shardings
 from r1jax.training.state import StateLayout
@@ -53,7 +53,7 @@ def estimate_memory(
     width = jnp.dtype(config.model.compute_dtype).itemsize
     whole = sum(leaf.size for leaf in jax.tree.leaves(layout.abstract.params)) * width // workload.tensor_shards
     held = footprint.bytes_per_device(layout.abstract.params, places.params)
-    reference = held if config.grpo.sync_ref_model else held * width // 4
+    reference = held if config.grpo.reference.sync_ref_model else held * width // 4
     estimate = footprint.estimate(
         params=layout.abstract.params,
         param_shardings=places.params,
@@ -62,7 +62,7 @@ def estimate_memory(
         optimizer_shardings=places.optimizer,
         config=decoder,
         workload=workload,
-        reference=reference if samples and config.grpo.beta else 0,
+        reference=reference if samples and config.grpo.reference.beta else 0,
         rollouts=whole + cache_bytes if samples else 0,
     )
     if jax.process_index() == 0:

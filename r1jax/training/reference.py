@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from r1jax.config.grpo import GrpoConfig
+from r1jax.config.reference import ReferenceConfig
 from r1jax.training.state import StateLayout
 
 NAME = "reference"
@@ -16,7 +16,7 @@ NAME = "reference"
 class Reference:
     """Parameters laid out as the policy's; `params` changes only with `sync_ref_model`."""
 
-    def __init__(self, params: Any, config: GrpoConfig, layout: StateLayout, compute_dtype: str) -> None:
+    def __init__(self, params: Any, config: ReferenceConfig, layout: StateLayout, compute_dtype: str) -> None:
         """params: the starting model's, which stay as they are."""
         self._config = config
         # One that never moves is read in the compute dtype only; a moving one must not lose small moves to rounding.

@@ -21,7 +21,7 @@ at random takes a key as its third argument."""
 
 TrainStep = Callable[[TrainState, PackedBatch], tuple[TrainState, Sums]]
 EvalStep = Callable[[Any, PackedBatch], Sums]
-ScoreStep = Callable[[Any, PackedBatch], jax.Array]
+ScoreStep = Callable[[Any, PackedBatch], Any]
 
 
 def _totals(function: Callable[[PackedBatch, jax.Array], Any], batch: PackedBatch, *, skip_empty: bool = False) -> Any:
@@ -128,19 +128,27 @@ def make_eval_step(loss: Loss, layout: StateLayout) -> EvalStep:
     return jax.jit(step, in_shardings=(layout.shardings.params, layout.batch), out_shardings=everywhere)
 
 
-def make_score_step(score: Callable[[Any, PackedBatch], jax.Array], layout: StateLayout) -> ScoreStep:
-    """Jitted step(params, batch [A, B, T]) -> float32 [A, B, T], score(params, micro-batch) of each micro-batch.
+def make_score_step(score: Callable[[Any, PackedBatch], Any], layout: StateLayout) -> ScoreStep:
+    """Jitted step(params, batch [A, B, T]) -> score(params, micro-batch) of each micro-batch: float32 [A, B, T], or a
+    tuple of them.
 
     Micro-batches of padding at the end are not computed and give 0.
     """
 
-    def step(params: Any, batch: PackedBatch) -> jax.Array:
+    def step(params: Any, batch: PackedBatch) -> Any:
         used = jnp.sum(jnp.any(batch.segment_ids > 0, axis=(1, 2)), dtype=jnp.int32)
 
-        def nth(number: jax.Array, scores: jax.Array) -> jax.Array:
-            part = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
-            return jax.lax.dynamic_update_index_in_dim(scores, score(params, part), number, 0)
+        def micro_batch(number: jax.Array | int) -> PackedBatch:
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
 
-        return jax.lax.fori_loop(0, used, nth, jnp.zeros(batch.tokens.shape, jnp.float32))
+        def nth(number: jax.Array, scores: Any) -> Any:
+            found = score(params, micro_batch(number))
+            return jax.tree.map(
+                lambda all_of, one: jax.lax.dynamic_update_index_in_dim(all_of, one, number, 0), scores, found
+            )
+
+        shapes = jax.eval_shape(lambda: score(params, micro_batch(0)))
+        none = jax.tree.map(lambda leaf: jnp.zeros((batch.tokens.shape[0], *leaf.shape), leaf.dtype), shapes)
+        return jax.lax.fori_loop(0, used, nth, none)
 
     return jax.jit(step, in_shardings=(layout.shardings.params, layout.batch), out_shardings=layout.batch)

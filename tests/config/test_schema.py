@@ -40,7 +40,12 @@ def test_defaults_are_those_of_trl_018():
     )
     grpo = config.resolve(BASE | {"task": "grpo"}).config
     assert grpo.optimizer.learning_rate == 1e-6
-    assert (grpo.grpo.beta, grpo.objective.loss_type, grpo.grpo.epsilon, grpo.grpo.scale_rewards) == (
+    assert (
+        grpo.grpo.reference.beta,
+        grpo.objective.loss_type,
+        grpo.grpo.surrogate.epsilon,
+        grpo.grpo.scale_rewards,
+    ) == (
         0.04,
         "bnpo",
         0.2,
@@ -101,7 +106,8 @@ REFUSALS = [
     ),
     (
         {"task": "grpo", "loss_type": "dft"},
-        "loss_type: need one of grpo, bnpo, dr_grpo, dapo for task grpo, got 'dft'; choose one, or set task",
+        "loss_type: need one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo for task grpo, got 'dft';"
+        " choose one, or set task",
     ),
     (
         {"neftune_noise_alpha": -1},
@@ -246,9 +252,31 @@ GRPO_REFUSALS = [
         "vllm_gpu_memory_utilization: need 0 < x <= 1, got 90; it is a part of the memory",
     ),
     (
-        {"vllm_importance_sampling_cap": 0.5},
-        "vllm_importance_sampling_cap: need x >= 1, got 0.5;"
-        " 2 is usual; vllm_importance_sampling_correction: false is for no weights",
+        {"vllm_importance_sampling_clip_max": 0.5},
+        "vllm_importance_sampling_clip_max: need x >= 1, got 0.5;"
+        " 2 or 3 is usual, 1e9 is for none; vllm_importance_sampling_correction: false is for no weights",
+    ),
+    (
+        {"vllm_importance_sampling_clip_min": 1.5},
+        "vllm_importance_sampling_clip_min: need 0 <= x <= 1, got 1.5; 0.5 is usual, 0 is for none",
+    ),
+    ({"dppo_mask_threshold": 0}, "dppo_mask_threshold: need 0 < x <= 1, got 0; 0.2 is usual"),
+    ({"off_policy_mask_threshold": -1}, "off_policy_mask_threshold: need x >= 0, got -1; it is in nats a token"),
+    ({"sapo_temperature_neg": 0}, "sapo_temperature_neg: need x > 0, got 0; about 1 is usual"),
+    ({"vespo_k_pos": 0}, "vespo_k_pos: need x > 0, got 0; 2 or 3 is usual"),
+    (
+        {"top_entropy_quantile": 1.2},
+        "top_entropy_quantile: need 0 <= x <= 1, got 1.2; 0.2 is the paper's, 1 means all",
+    ),
+    ({"entropy_coef": -0.1}, "entropy_coef: need x >= 0, got -0.1; a negative one would punish entropy; 0 means none"),
+    (
+        {"entropy_coef_min": 0.5, "entropy_coef_max": 0.1},
+        "entropy_coef_max: need x >= entropy_coef_min (0.5), got 0.1; 1 is usual",
+    ),
+    (
+        {"use_adaptive_entropy": True, "entropy_coef": 2},
+        "entropy_coef: need 0 <= x <= 1 (entropy_coef_min and _max) with use_adaptive_entropy, got 2;"
+        " it is where the coefficient starts",
     ),
     ({"vllm_request_timeout": 0}, "vllm_request_timeout: need x > 0, got 0; it is a number of seconds"),
     (

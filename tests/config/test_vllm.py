@@ -26,25 +26,3 @@ def test_what_the_server_is_given():
     assert notes["vllm_gpu_memory_utilization"].endswith("launch/vllm_server.sh MODEL_DIR --gpu-memory-utilization")
     assert notes["vllm_tensor_parallel_size"].endswith("--tensor-parallel-size")
     assert notes["vllm_server_port"] == "vllm_server_base_url is given"
-
-
-@pytest.mark.parametrize(
-    ("changes", "cap"),
-    [
-        ({}, 2.0),
-        ({"vllm_importance_sampling_cap": 1}, 1.0),
-        ({"vllm_importance_sampling_correction": False}, None),
-        ({"rollout_engine": "jax", "vllm_importance_sampling_cap": 3.0}, None),
-    ],
-)
-def test_the_bound_of_the_correction(changes, cap):
-    """TRL's default; none without a server, whose log-probabilities alone differ from the trainer's."""
-    assert config.resolve(BASE | changes).config.vllm.importance_cap == cap
-
-
-def test_a_bound_that_bounds_nothing_is_reported():
-    given = {"vllm_importance_sampling_cap": 3.0, "vllm_importance_sampling_correction": False}
-    served = dict(config.resolve(BASE | given).ignored)
-    assert served == {"vllm_importance_sampling_cap": "vllm_importance_sampling_correction is false"}
-    embedded = dict(config.resolve(BASE | given | {"rollout_engine": "jax"}).ignored)
-    assert {embedded[name] for name in given} == {"rollout_engine is jax: no vLLM server is used"}

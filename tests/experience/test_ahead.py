@@ -59,7 +59,7 @@ def made(pieces: Pieces, *failures: RunFailure | None, depth: int = 1) -> tuple[
     engine = Losing(pieces.collector.engine, *failures)
     collector = dataclasses.replace(pieces.collector, engine=engine)
     generations = grpo.make_generations(
-        pieces.config, pieces.layout, pieces.task, collector, pieces.score, None, lambda *_: None, {}
+        pieces.config, pieces.layout, pieces.task, collector, pieces.scorers, None, lambda *_: None, {}
     )
     generations.depth = depth
     return generations, engine

@@ -39,7 +39,7 @@ def make(pieces: Pieces, reference: Reference | None = None) -> tuple[Generation
         seen.append(experience)
 
     made = grpo.make_generations(
-        pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.score, reference, observe, {}
+        pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.scorers, reference, observe, {}
     )
     return made, seen
 
@@ -95,7 +95,7 @@ def test_old_logprobs_are_the_trainers_own_before_the_first_update(first, pieces
     ready = first[0]
     for one in ready[:2]:
         batch = one.batch
-        np.testing.assert_array_equal(batch.old_logprobs, pieces.score(pieces.params, batch))
+        np.testing.assert_array_equal(batch.old_logprobs, pieces.scorers.logprobs(pieces.params, batch))
         mask = np.asarray(batch.loss_mask) == 1
         np.testing.assert_allclose(
             np.asarray(batch.old_logprobs)[mask], np.asarray(batch.sampler_logprobs)[mask], atol=1e-5
@@ -127,9 +127,9 @@ def test_the_first_pass_is_a_step_on_policy(first, pieces):
 
 def test_the_reference_scores_what_it_did_not_write(pieces):
     other = fresh_params(pieces.source.decoder, 9, pieces.layout)
-    reference = Reference(other, pieces.config.grpo, pieces.layout, "float32")
+    reference = Reference(other, pieces.config.grpo.reference, pieces.layout, "float32")
     batch = make(pieces, reference)[0].ready(0, pieces.params)[0].batch
-    np.testing.assert_array_equal(batch.ref_logprobs, pieces.score(other, batch))
+    np.testing.assert_array_equal(batch.ref_logprobs, pieces.scorers.logprobs(other, batch))
     assert np.abs(np.asarray(batch.ref_logprobs) - np.asarray(batch.old_logprobs)).max() > 0.1
 
 

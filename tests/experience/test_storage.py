@@ -92,11 +92,11 @@ def test_nothing_kept_is_nothing_stored():
     assert storage.restored({}, {"seed": 1}, geometry(1), sharding(1)) == {}
 
 
-@pytest.mark.parametrize("with_reference", [True, False])
-def test_kept_batches_and_the_reference_go_together(with_reference):
-    leaves = ["tokens", *(["ref_logprobs"] if with_reference else [])]
-    metadata = {storage.NAME: {"batches": [{"leaves": leaves}]}}
-    storage.check(metadata, with_reference=with_reference)
-    storage.check({}, with_reference=not with_reference)
-    with pytest.raises(UserError, match="resume_from_checkpoint: need beta to be 0 or above 0 as it was"):
-        storage.check(metadata, with_reference=not with_reference)
+@pytest.mark.parametrize("field", ["ref_logprobs", "support_floor", "surrogate_weight", "entropy_weight"])
+@pytest.mark.parametrize("was_scored", [True, False])
+def test_kept_batches_and_what_asks_for_their_fields_go_together(was_scored, field):
+    metadata = {storage.NAME: {"batches": [{"leaves": ["tokens", *([field] if was_scored else [])]}]}}
+    storage.check(metadata, {field: ("beta", was_scored)})
+    storage.check({}, {field: ("beta", not was_scored)})
+    with pytest.raises(UserError, match="resume_from_checkpoint: need beta on or off as when the generation was made"):
+        storage.check(metadata, {field: ("beta", not was_scored)})

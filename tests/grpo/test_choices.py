@@ -14,8 +14,10 @@ import pytest
 
 from r1jax import grpo
 from r1jax.config import resolve
+from r1jax.config.correction import Correction
 from r1jax.experience.collect import Experience
-from r1jax.objectives.grpo import Surrogate, make_surrogate, policy_metrics
+from r1jax.objectives.grpo import policy_metrics
+from r1jax.objectives.surrogate import Surrogate, make_surrogate
 from r1jax.training.state import start_state
 from tests.grpo.world import Pieces, assembled, draw, keys
 
@@ -46,7 +48,7 @@ def loss_of(pieces: Pieces, drawn: Experience, world: Path, **changes: Any) -> t
     """(loss, trained tokens) of the step on the completions under these keys."""
     config = resolve(keys(world, **SETTINGS, **changes)).config
     generations = grpo.make_generations(
-        config, pieces.layout, pieces.task, pieces.collector, pieces.score, None, lambda *_: None, {}
+        config, pieces.layout, pieces.task, pieces.collector, pieces.scorers, None, lambda *_: None, {}
     )
     _, chosen, micro_batches = pieces.task.plan.step(0)
     batch, _ = generations.packer.pack(drawn, chosen.tolist(), micro_batches)
@@ -90,16 +92,22 @@ def test_the_averages_differ(pieces: Pieces, drawn: Experience, world: Path) -> 
         ({"epsilon_high": 0.28}, Surrogate(epsilon_high=0.28)),
         ({"delta": 4.0}, Surrogate(delta=4.0)),
         ({"importance_sampling_level": "sequence", "loss_type": "grpo"}, Surrogate(level="sequence")),
-        ({"use_vllm": True}, Surrogate(importance_cap=2.0)),
-        ({"use_vllm": True, "vllm_importance_sampling_cap": 3.0}, Surrogate(importance_cap=3.0)),
+        ({"beta": 0.04, "use_bias_correction_kl": True}, Surrogate(beta=0.04, bias_corrected_kl=True)),
+        ({"loss_type": "cispo"}, Surrogate(shape="cispo", epsilon_high=5.0)),
+        ({"loss_type": "cispo", "epsilon_high": 0.2}, Surrogate(shape="cispo", epsilon_high=0.2)),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 2.0}, Surrogate(shape="sapo", sapo=(1.0, 2.0))),
+        ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, Surrogate(level="sequence")),
+        ({"loss_type": "vespo", "vespo_k_pos": 1.0}, Surrogate(shape="vespo", vespo=((1.0, 3.0), (3.0, 2.0)))),
+        ({"use_vllm": True}, Surrogate(correction=Correction(mode="token_truncate", high=2.0))),
         ({"use_vllm": True, "vllm_importance_sampling_correction": False}, Surrogate()),
-        ({"vllm_importance_sampling_cap": 3.0}, Surrogate()),
+        ({"vllm_importance_sampling_clip_max": 3.0}, Surrogate()),
+        ({"off_policy_mask_threshold": 0.1}, Surrogate(correction=Correction(max_divergence=0.1))),
     ],
 )
 def test_the_surrogate_is_the_one_asked_for(world: Path, changes: dict[str, Any], expected: Surrogate) -> None:
     """Each field's effect is worked out in objectives/test_grpo.py."""
     config = resolve(keys(world, **changes)).config
-    assert make_surrogate(config.grpo, config.vllm) == expected
+    assert make_surrogate(config) == expected
 
 
 def test_the_samples_of_a_server_are_corrected(pieces: Pieces, drawn: Experience, world: Path) -> None:
@@ -110,7 +118,7 @@ def test_the_samples_of_a_server_are_corrected(pieces: Pieces, drawn: Experience
     config = resolve(keys(world, use_vllm=True, **SETTINGS)).config
     step, _ = grpo.make_steps(config, pieces.source, pieces.layout, pieces.task.plan.num_steps)
     generations = grpo.make_generations(
-        config, pieces.layout, pieces.task, pieces.collector, pieces.score, None, lambda *_: None, {}
+        config, pieces.layout, pieces.task, pieces.collector, pieces.scorers, None, lambda *_: None, {}
     )
     _, chosen, micro_batches = pieces.task.plan.step(0)
     batch, _ = generations.packer.pack(drawn, chosen.tolist(), micro_batches)
@@ -155,7 +163,7 @@ def test_the_temperature_is_in_the_loss_as_in_sampling(world: Path) -> None:
     """At another temperature the trainer's log-probabilities are still the sampler's."""
     with assembled(keys(world, temperature=0.6, top_k=5, num_iterations=2, per_device_train_batch_size=8)) as pieces:
         generations = grpo.make_generations(
-            pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.score, None, lambda *_: None, {}
+            pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.scorers, None, lambda *_: None, {}
         )
         batch = generations.ready(0, pieces.params)[0].batch
         mask = np.asarray(batch.loss_mask) == 1

@@ -18,8 +18,10 @@ from r1jax.experience.batches import make_geometry
 from r1jax.experience.collect import Experience
 from r1jax.experience.generations import Packer
 from r1jax.models.config import DecoderConfig
-from r1jax.objectives.grpo import Surrogate, make_policy_loss, make_scorer, make_statistics
+from r1jax.objectives.grpo import make_policy_loss
 from r1jax.objectives.reductions import micro_batch_mean
+from r1jax.objectives.statistics import make_scorer, make_statistics
+from r1jax.objectives.surrogate import Surrogate
 from r1jax.rollout.engine import EmbeddedEngine
 from r1jax.rollout.settings import SamplingSettings
 from r1jax.sharding.constraints import make_constrain

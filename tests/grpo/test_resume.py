@@ -1,7 +1,7 @@
 """A run that was stopped goes on as if nothing had happened: the same weights to the bit, metrics, and completions.
 
-The three kinds of run differ in what a checkpoint must hold beside the state: nothing, batches of the present
-generation with the log-probabilities of an older policy, or a reference that moves.
+The kinds of run differ in what a checkpoint must hold beside the state: nothing, batches of the present generation with
+the log-probabilities of an older policy, a reference that moves, or an entropy bonus that does.
 """
 
 import json
@@ -33,7 +33,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "off_policy": OFF_POLICY,
     "reference": {**OFF_POLICY, "num_iterations": 1, "beta": 0.2},
     "moving_reference": {"beta": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5},
-}
+    "shaped": {
+        **OFF_POLICY, "loss_type": "cispo", "top_p": 0.8, "top_entropy_quantile": 0.5, "use_adaptive_entropy": True,
+        "entropy_coef": 0.05, "entropy_target": 10.0,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,7 @@ def assert_same_end(folder: Path, whole: Path) -> None:
         ("reference", 1),
         ("moving_reference", 2),
         ("moving_reference", 3),
+        ("shaped", 2),
     ],
 )
 def test_from_a_checkpoint_on(world: Path, whole: Callable[[str], Path], kind: str, step: int) -> None:

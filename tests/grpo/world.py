@@ -18,11 +18,12 @@ from r1jax import grpo
 from r1jax.config import RunConfig, resolve
 from r1jax.experience.collect import Collector, Experience
 from r1jax.experience.drawing import Request
+from r1jax.experience.scoring import Scorers
 from r1jax.experience.task import Task, read_task
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.training.source import Source, first_params, read_source
 from r1jax.training.state import StateLayout, lay_out
-from r1jax.training.step import ScoreStep, TrainStep
+from r1jax.training.step import TrainStep
 
 WORDS = ["<pad>", "<eos>", "<stop>", *(f"w{number}" for number in range(29))]
 NUM_PROMPTS, NUM_HELD_OUT = 26, 6
@@ -162,7 +163,7 @@ class Pieces:
     params: Any
     collector: Collector
     step: TrainStep
-    score: ScoreStep
+    scorers: Scorers
 
 
 @contextlib.contextmanager
@@ -175,11 +176,11 @@ def assembled(content: Mapping[str, Any], devices: int = 1) -> Iterator[Pieces]:
     task = read_task(config, source.tokenizer, limit, data_shards(mesh))
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     params = first_params(config, source, layout)
-    step, score = grpo.make_steps(config, source, layout, task.plan.num_steps)
+    step, scorers = grpo.make_steps(config, source, layout, task.plan.num_steps)
     with grpo.open_graders(config, task) as graders:
         engine = grpo.open_engine(config, source, layout, task)
         collector = grpo.make_collector(config, source, task, graders, engine)
-        yield Pieces(config, source, layout, task, params, collector, step, score)
+        yield Pieces(config, source, layout, task, params, collector, step, scorers)
 
 
 def draw(pieces: Pieces, indices: Any, size: int, *, step: int = 0, version: int = 0, **changes: Any) -> Experience:

@@ -35,10 +35,10 @@ def plan(keys: Mapping[str, Any]) -> Any:
 def batch(keys: Mapping[str, Any]) -> Any:
     """The first step's arrays, old and reference log-probabilities included, and the metrics of its generation."""
     with assembled(keys) as pieces:
-        grpo_keys, dtype = pieces.config.grpo, pieces.config.model.compute_dtype
-        reference = Reference(pieces.params, grpo_keys, pieces.layout, dtype) if grpo_keys.beta else None
+        kl, dtype = pieces.config.grpo.reference, pieces.config.model.compute_dtype
+        reference = Reference(pieces.params, kl, pieces.layout, dtype) if kl.beta else None
         generations = grpo.make_generations(
-            pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.score, reference, lambda *_: None, {}
+            pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.scorers, reference, lambda *_: None, {}
         )
         ready, found = generations.ready(0, pieces.params)
         numbers = sorted((name, value) for name, value in found.items() if not name.startswith("time/"))
@@ -50,10 +50,10 @@ def program(keys: Mapping[str, Any]) -> str:
     """The text of the update's program before it is compiled."""
     with assembled(keys) as pieces:
         generations = grpo.make_generations(
-            pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.score, None, lambda *_: None, {}
+            pieces.config, pieces.layout, pieces.task, pieces.collector, pieces.scorers, None, lambda *_: None, {}
         )
         arrays = generations.ready(0, pieces.params)[0].batch
-        if pieces.config.grpo.beta:
+        if pieces.config.grpo.reference.beta:
             arrays = dataclasses.replace(arrays, ref_logprobs=arrays.advantages)
         return pieces.step.lower(pieces.layout.abstract, arrays).as_text()  # pyright: ignore[reportFunctionMemberAccess]
 

@@ -30,6 +30,19 @@ CASES: dict[str, Case] = {
     "epsilon": at(program, 0.1),
     "epsilon_high": at(program, 0.28),
     "delta": at(program, 4.0),
+    "use_bias_correction_kl": at(program, True, before=False, beta=0.04),
+    "sapo_temperature_pos": at(program, 2.0, loss_type="sapo"),
+    "sapo_temperature_neg": at(program, 2.0, loss_type="sapo"),
+    "vespo_k_pos": at(program, 1.0, loss_type="vespo"),
+    "vespo_lambda_pos": at(program, 1.0, loss_type="vespo"),
+    "vespo_k_neg": at(program, 1.0, loss_type="vespo"),
+    "vespo_lambda_neg": at(program, 1.0, loss_type="vespo"),
+    "rollout_correction_preset": at(program, "dppo"),
+    "dppo_mask_threshold": at(program, 0.1),
+    "off_policy_mask_threshold": at(program, 0.1),
+    "top_entropy_quantile": at(batch, 0.5),
+    "entropy_coef": at(batch, 0.1),
+    "use_adaptive_entropy": at(run, True, max_steps=2, entropy_coef=0.1),
     "num_iterations": at(plan, 2),
     "mask_truncated_completions": at(batch, True),
     "sync_ref_model": at(run, True, before=False, **MOVING, ref_model_sync_steps=1),
@@ -77,6 +90,10 @@ ELSEWHERE: dict[str, str] = {
     ),
     "dataset_solution_column": "renamed for rewards: data/test_prompts.py::test_solutions_under_another_name",
     "rollout_engine": "needs a server: vllm/test_grpo.py::test_five_steps_are_those_of_the_embedded_engine",
+    "entropy_coef_min": "objectives/test_entropy.py::test_the_coefficient_moves_within_its_bounds",
+    "entropy_coef_max": "objectives/test_entropy.py::test_the_coefficient_moves_within_its_bounds",
+    "entropy_coef_delta": "objectives/test_entropy.py::test_the_coefficient_moves_within_its_bounds",
+    "entropy_target": "objectives/test_entropy.py::test_the_coefficient_moves_within_its_bounds",
     "use_vllm": "rollout_engine by another name: config/test_resolve.py::test_values_that_follow_from_others",
     "vllm_mode": "colocate is refused: grpo/test_refusals.py::test_what_does_not_fit",
     "vllm_guided_decoding_regex": "refused: grpo/test_refusals.py::test_what_does_not_fit",
@@ -91,8 +108,12 @@ ELSEWHERE: dict[str, str] = {
     "vllm_importance_sampling_correction": (
         "needs a server's samples: grpo/test_choices.py::test_the_samples_of_a_server_are_corrected"
     ),
-    "vllm_importance_sampling_cap": (
-        "needs a server's samples: grpo/test_choices.py::test_the_surrogate_is_the_one_asked_for"
+    "vllm_importance_sampling_mode": "needs a server's samples: config/test_correction.py::test_what_the_keys_ask_for",
+    "vllm_importance_sampling_clip_max": (
+        "needs a server's samples: config/test_correction.py::test_what_the_keys_ask_for"
+    ),
+    "vllm_importance_sampling_clip_min": (
+        "needs a server's samples: config/test_correction.py::test_what_the_keys_ask_for"
     ),
     "vllm_tensor_parallel_size": "reported as the server's: config/test_vllm.py::test_what_the_server_is_given",
 }

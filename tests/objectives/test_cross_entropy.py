@@ -9,13 +9,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from r1jax.config.mesh import MeshConfig
+from r1jax.models.support import Support, supported_logits
 from r1jax.objectives.cross_entropy import (
-    CHUNK_ELEMENTS,
-    default_chunk,
+    support_floors,
     token_logprobs,
     token_logprobs_and_entropy,
     weighted_nll,
 )
+from r1jax.objectives.vocabulary import CHUNK_ELEMENTS, default_chunk
 from r1jax.sharding.mesh import make_mesh
 
 ROWS, TOKENS, WIDTH, VOCAB = 8, 7, 12, 40
@@ -221,6 +222,78 @@ def test_entropy_of_large_logits_is_finite_and_has_no_gradient():
     assert all(not leaf.any() for leaf in gradients)
 
 
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def renormalised(hidden, kernel, targets, weights, entropy_weights, floor, chunk, temperature, mesh=None):
+    """(log-probabilities, entropies, the gradients of the weighted sum of both) over what can
+    be drawn."""
+
+    def weighted(hidden, kernel):
+        found = token_logprobs_and_entropy(
+            hidden, kernel, targets, chunk, mesh, temperature=temperature, floor=floor, entropy_gradient=True
+        )
+        return jnp.sum(weights * found[0] + entropy_weights * found[1]), found
+
+    gradients, values = jax.grad(weighted, argnums=(0, 1), has_aux=True)(hidden, kernel)
+    return *values, *gradients
+
+
+def renormalised_by_hand(hidden, kernel, targets, weights, entropy_weights, floor, temperature):
+    """The same in float64, every logit at once, slopes as they follow from the definitions."""
+    wide, columns = hidden.astype(np.float64), kernel.astype(np.float64)
+    logits = wide @ columns / temperature
+    onehot = np.eye(kernel.shape[1])[targets]
+    everything = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    inside = np.ones_like(logits, bool) if floor is None else (everything >= floor[..., None]) | (onehot == 1)
+    p = np.where(inside, np.exp(logits), 0.0)
+    p /= p.sum(-1, keepdims=True)
+    log_p = np.log(np.where(inside, p, 1.0))
+    entropy = -(p * log_p).sum(-1)
+    slope = weights[..., None] * (onehot - p) - entropy_weights[..., None] * p * (log_p + entropy[..., None])
+    slope /= temperature
+    kernel_gradient = np.einsum("btd,btv->dv", wide, slope)
+    return (log_p * onehot).sum(-1), entropy, slope @ columns.T, kernel_gradient
+
+
+def with_entropy_weights():
+    """`random_case`, a weight for each entropy, and floors that leave one to all tokens."""
+    case = random_case()
+    rng = np.random.default_rng(1)
+    entropy_weights = rng.uniform(-1, 1, case[2].shape).astype(np.float32)
+    return *case, entropy_weights, rng.uniform(-6, -0.5, case[2].shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("has_floor", [False, True])
+@pytest.mark.parametrize(("chunk", "temperature"), [(9, 1.0), (1000, 0.7)])
+def test_entropy_has_a_gradient_and_floors_leave_tokens_out(has_floor, chunk, temperature):
+    hidden, kernel, targets, weights, entropy_weights, floors = with_entropy_weights()
+    case = (hidden, kernel, targets, weights, entropy_weights, floors if has_floor else None)
+    expected = renormalised_by_hand(*case, temperature)
+    assert_same(renormalised(*case, chunk, temperature), expected, 2e-6)
+    if has_floor:
+        assert expected[1].min() < 1e-9 and expected[1].max() > 2.0  # from the target alone to nearly all
+
+
+def test_what_was_drawn_counts_though_the_policy_would_not_draw_it():
+    """Probabilities 1/8, 2/8, 5/8, all below the floor but the last: the target and that are left, 1/6 and 5/6."""
+    hidden, kernel = jnp.ones((1, 1, 1)), jnp.log(jnp.asarray([[1.0, 2.0, 5.0]]))
+    logprobs, _ = token_logprobs_and_entropy(hidden, kernel, jnp.asarray([[0]]), 2, floor=jnp.log(jnp.asarray([[0.5]])))
+    np.testing.assert_allclose(logprobs, np.log([[1 / 6]]), rtol=1e-6)
+
+
+SUPPORTS = [Support(top_k=3), Support(top_p=0.6), Support(min_p=0.2), Support(top_k=5, top_p=0.8, min_p=0.1), Support()]
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_floors_part_what_the_sampler_would_draw(support):
+    """Between the least likely token that it keeps and the likeliest that it drops, at the temperature."""
+    hidden, kernel = (jnp.asarray(leaf) for leaf in random_case()[:2])
+    floors = support_floors(hidden, kernel, 9, None, support, 0.7)
+    log_p = jax.nn.log_softmax(hidden @ kernel / 0.7)
+    kept = jnp.isfinite(supported_logits(log_p.reshape(-1, VOCAB), support)).reshape(log_p.shape)
+    np.testing.assert_array_equal(log_p >= floors[..., None], kept)
+    assert kept.all() == (support == Support())
+
+
 def on_mesh(shape: dict[str, int]):
     """The mesh, and the shardings of hidden, kernel, targets and weights on it."""
     mesh = make_mesh(MeshConfig(**shape))
@@ -237,6 +310,13 @@ def test_eight_devices_equal_one(shape):
     assert_same(ours(*sharded, 4, mesh), [np.asarray(leaf) for leaf in ours(*case, 9)], 1e-6)
     assert_same(fused(*sharded, 4, mesh), [np.asarray(leaf) for leaf in fused(*case, 9)], 1e-6)
     assert_same(tempered(*sharded, 4, 0.7, mesh), [np.asarray(leaf) for leaf in tempered(*case, 9, 0.7)], 1e-6)
+    *_, entropy_weights, floor = with_entropy_weights()
+    more = [jax.device_put(leaf, places[2]) for leaf in (entropy_weights, floor)]
+    found = renormalised(*sharded, *more, 4, 0.7, mesh)
+    assert_same(found, [np.asarray(leaf) for leaf in renormalised(*case, entropy_weights, floor, 9, 0.7)], 1e-6)
+    floors = jax.jit(support_floors, static_argnums=(2, 3, 4, 5))(*sharded[:2], 4, mesh, SUPPORTS[3], 0.7)
+    hidden, kernel = (jnp.asarray(leaf) for leaf in case[:2])
+    np.testing.assert_allclose(floors, support_floors(hidden, kernel, 9, None, SUPPORTS[3], 0.7), rtol=1e-5)
 
 
 def compiled_at(function, rows, tokens, width, vocab, chunk, mesh=None, places=None) -> Any:

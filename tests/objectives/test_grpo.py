@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,13 @@ import numpy as np
 import pytest
 
 from r1jax.batch import PackedBatch
+from r1jax.config.correction import Correction, Mode
 from r1jax.models.config import DecoderConfig
 from r1jax.models.parameters import init_params
 from r1jax.models.transformer import forward, logits
-from r1jax.objectives.grpo import Surrogate, make_policy_loss, make_statistics, policy_metrics
+from r1jax.objectives.grpo import make_policy_loss, policy_metrics
+from r1jax.objectives.statistics import make_statistics
+from r1jax.objectives.surrogate import Level, Surrogate
 
 CONFIG = DecoderConfig(
     vocab_size=48, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -56,14 +61,16 @@ def plain_logprobs(params, tokens):
 
 @pytest.fixture(scope="module")
 def sequences(params) -> list[Sequence]:
-    """Old log-probabilities up to 0.8 away, so that every branch of the clip occurs; one sequence is masked."""
+    """Old log-probabilities up to 0.8 away, so that every branch of the clip occurs, and a sampler up to 0.4 from them;
+    one sequence is masked."""
     rng = np.random.default_rng(3)
     made = []
     for number, length in enumerate(LENGTHS):
         tokens = rng.integers(0, 48, length).astype(np.int32)
         now = np.concatenate([[0.0], plain_logprobs(params, jnp.asarray(tokens))])
         mask = (np.arange(length) >= PROMPT) * (number != 3)
-        others = [now + scale * rng.uniform(-1, 1, length) for scale in (0.8, 0.5, 0.01)]
+        old, ref, apart = (scale * rng.uniform(-1, 1, length) for scale in (0.8, 0.5, 0.4))
+        others = [now + old, now + ref, now + old + apart]
         made.append(Sequence(tokens, mask, rng.normal(), rng.uniform(0.01, 0.1), *others))
     return made
 
@@ -90,6 +97,63 @@ def pack(sequences: list[Sequence], rows: list[list[int]], row_length: int) -> P
 PACKED = [[0, 1, 3], [2, 4]]
 
 
+def truncated(cap: float | None) -> Correction:
+    """Truncated importance sampling of tokens, or nothing."""
+    return Correction() if cap is None else Correction(mode="token_truncate", high=cap)
+
+
+def importance_of(one: Sequence, correction: Correction) -> np.ndarray:
+    """The weight of each token, from the definitions."""
+    d, trained = (one.old - one.sampler) * one.mask, one.mask == 1
+    if correction.mode is None:
+        return np.ones(len(d))
+    kind, how = correction.mode.split("_")
+    n = max(trained.sum(), 1)
+    ratio = {"token": np.exp(d), "sequence": np.exp(d.sum()), "geometric": np.exp(d.sum() / n)}[kind] * np.ones(len(d))
+    if how == "truncate":
+        return np.clip(ratio, correction.low, correction.high)
+    return ratio * ((ratio >= correction.low) & (ratio <= correction.high))
+
+
+def stays_of(one: Sequence, lp: np.ndarray, correction: Correction) -> np.ndarray:
+    """1 where the masks of the present policy leave a token in."""
+    stays, trained = np.ones(len(lp)), one.mask == 1
+    if correction.max_shift is not None:
+        shift = np.exp(lp) - np.exp(one.sampler)
+        stays[shift * np.sign(one.advantage) > correction.max_shift] = 0
+    if correction.max_divergence is not None and one.advantage < 0 and trained.any():
+        stays *= (one.sampler - lp)[trained].mean() <= correction.max_divergence
+    return stays
+
+
+def surrogate_of(one: Sequence, w: float, t: int, phi: float, lp: np.ndarray, s: Surrogate) -> tuple[float, float]:
+    """(loss of token t, its derivative in log w where w is what the loss is of, else in log p)."""
+    a = one.advantage
+    if s.shape == "cispo":
+        return -min(w, s.epsilon_high) * a * lp[t], -min(w, s.epsilon_high) * a
+    if s.shape == "vespo":
+        return -phi * a * lp[t], -phi * a
+    if s.shape == "sapo":
+        tau = s.sapo[0] if a > 0 else s.sapo[1]
+        gate = 1 / (1 + np.exp(-tau * (w - 1)))
+        return -4 / tau * gate * a, -4 * gate * (1 - gate) * w * a
+    free = w if s.delta is None else min(w, s.delta)
+    clipped = min(max(w, 1 - s.epsilon), 1 + s.epsilon_high)
+    moves = free == w if free * a <= clipped * a else clipped == w
+    return -min(free * a, clipped * a), -a * w * moves
+
+
+def phi_of(one: Sequence, d: np.ndarray, weights: np.ndarray, s: Surrogate) -> float:
+    """VESPO's weight of a completion."""
+    trained = one.mask == 1
+    total = np.clip(d[trained], -20, 20).sum()
+    if s.correction.mode is not None:
+        total += np.clip(np.log(np.maximum(weights[trained], 1e-8)), -20, 20).sum()
+    k, rate = s.vespo[0] if one.advantage >= 0 else s.vespo[1]
+    w = np.exp(np.clip(total, np.log(1e-8), 20))
+    return np.exp(rate) * w**k * np.exp(-rate * w)
+
+
 def reference(sequences: list[Sequence], now: list[np.ndarray], s: Surrogate) -> tuple[float, list[np.ndarray]]:
     """(loss, d loss / d log-probability of each token), float64."""
     total, slopes = 0.0, []
@@ -97,32 +161,67 @@ def reference(sequences: list[Sequence], now: list[np.ndarray], s: Surrogate) ->
         slope = np.zeros(len(lp))
         trained = np.flatnonzero(one.mask)
         d = lp - one.old
-        importance = np.ones(len(lp))
-        if s.importance_cap is not None:
-            importance = np.minimum(np.exp(one.old - one.sampler), s.importance_cap)
-        for t in trained:
-            w = np.exp(d[t] if s.level == "token" else d[trained].mean())
-            free = w if s.delta is None else min(w, s.delta)
-            clipped = min(max(w, 1 - s.epsilon), 1 + s.epsilon_high)
-            total -= one.weight * importance[t] * min(free * one.advantage, clipped * one.advantage)
-            moves = free == w if free * one.advantage <= clipped * one.advantage else clipped == w
-            # All tokens of a sequence share its ratio, each a 1/n of it.
-            share = importance[t] if s.level == "token" else importance[trained].mean()
-            slope[t] -= one.weight * share * one.advantage * w * moves
+        weights = importance_of(one, s.correction)
+        factors = stays_of(one, lp, s.correction) * (1.0 if s.shape == "vespo" else weights)
+        phi = phi_of(one, d, weights, s)
+        whole = s.level == "sequence"
+        for t in map(int, trained):
+            w = np.exp(d[trained].mean() if whole else d[t])
+            value, by = surrogate_of(one, w, t, phi, lp, s)
+            total += one.weight * factors[t] * value
+            if whole and s.shape in ("clip", "sapo"):  # all tokens of a sequence share its ratio, each a 1/n of it
+                slope[trained] += one.weight * factors[t] * by / len(trained)
+            else:
+                slope[t] += one.weight * factors[t] * by
             away = one.ref[t] - lp[t]
-            total += one.weight * s.beta * (np.exp(away) - away - 1)
-            slope[t] += one.weight * s.beta * (1 - np.exp(away))
+            k3, by_k3 = np.exp(away) - away - 1, 1 - np.exp(away)
+            if s.bias_corrected_kl:
+                total += one.weight * s.beta * w * k3
+                slope[t] += one.weight * s.beta * w * by_k3
+                slope[trained if whole else t] += one.weight * s.beta * w * k3 / (len(trained) if whole else 1)
+            else:
+                total += one.weight * s.beta * k3
+                slope[t] += one.weight * s.beta * by_k3
         slopes.append(slope)
     return total, slopes
 
 
-CASES = [
+LEVELS: tuple[Level, ...] = ("token", "sequence")
+BETAS = (0.0, 0.3)
+CLIPPED = [
     Surrogate(epsilon=0.2, epsilon_high=high, beta=beta, delta=delta, level=level)
-    for high, beta, delta, level in itertools.product((0.2, 0.35), (0.0, 0.3), (None, 1.5), ("token", "sequence"))
+    for high, beta, delta, level in itertools.product((0.2, 0.35), BETAS, (None, 1.5), LEVELS)
 ]
+SHAPED = [
+    Surrogate(shape=shape, epsilon_high=1.3, beta=beta, level=level, sapo=(1.0, 2.0))
+    for shape, beta, level in itertools.product(("cispo", "sapo", "vespo"), BETAS, LEVELS)
+]
+UNBIASED = [
+    Surrogate(shape=shape, epsilon_high=1.3, beta=0.3, level=level, bias_corrected_kl=True)
+    for shape, level in itertools.product(("clip", "cispo", "sapo", "vespo"), LEVELS)
+]
+CORRECTIONS = [
+    Correction(mode=mode, low=low, high=high)
+    for mode in get_args(Mode)
+    for low, high in ((0.0, 1.0), (0.7, 1.2), (0.0, math.inf))
+]
+MASKS = [
+    Correction(max_shift=0.05), Correction(max_divergence=0.05),
+    Correction(mode="token_mask", low=0.7, high=1.4, max_shift=0.05, max_divergence=0.05),
+]  # fmt: skip
 CORRECTED = [
-    Surrogate(beta=beta, level=level, importance_cap=cap)
-    for beta, level, cap in itertools.product((0.0, 0.3), ("token", "sequence"), (1.0, 1.5, 10.0))
+    Surrogate(beta=0.3, level=level, correction=correction)
+    # Bounds of each mode at one level, each mode at the other.
+    for level, correction in [
+        *(("token", one) for one in CORRECTIONS),
+        *(("sequence", one) for one in CORRECTIONS[1::3]),
+        *itertools.product(LEVELS, MASKS),
+    ]
+] + [
+    Surrogate(shape=shape, epsilon_high=1.3, correction=correction)
+    for shape, correction in itertools.product(
+        ("cispo", "sapo", "vespo"), [Correction(mode="token_truncate", high=1.5), *MASKS]
+    )
 ]
 
 
@@ -146,7 +245,7 @@ def lie(values: list[np.ndarray], rows: list[list[int]], row_length: int) -> np.
     return found
 
 
-@pytest.mark.parametrize("surrogate", CASES + CORRECTED)
+@pytest.mark.parametrize("surrogate", CLIPPED + SHAPED + UNBIASED + CORRECTED)
 def test_loss_and_gradients_are_those_of_the_plain_reference(sequences, now, surrogate):
     expected, slopes = reference(sequences, now, surrogate)
     compute = jax.value_and_grad(make_policy_loss(given, surrogate), has_aux=True)
@@ -168,7 +267,7 @@ def test_the_correction_by_hand():
         **{name: jnp.asarray([values], jnp.float32) for name, values in floats.items()},
         max_segments=1,
     )
-    compute = jax.value_and_grad(make_policy_loss(given, Surrogate(importance_cap=1.5)), has_aux=True)
+    compute = jax.value_and_grad(make_policy_loss(given, Surrogate(correction=truncated(1.5))), has_aux=True)
     (value, sums), slope = compute(jnp.log(jnp.asarray([[1.0, 0.5, 0.2]])), batch)
     np.testing.assert_allclose(value, -0.4, rtol=1e-6)
     np.testing.assert_allclose(slope, [[0.0, -0.3, -0.1]], rtol=1e-6)
@@ -186,7 +285,7 @@ def test_a_sampler_that_is_the_trainer_is_corrected_by_no_bit(sequences, now, le
     )
 
     def computed(cap: float | None):
-        loss = make_policy_loss(given, Surrogate(beta=0.3, level=level, importance_cap=cap))
+        loss = make_policy_loss(given, Surrogate(beta=0.3, level=level, correction=truncated(cap)))
         (value, sums), slope = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(lp), jax.tree.map(jnp.asarray, batch))
         return value, sums, slope
 
@@ -206,17 +305,21 @@ def test_a_sampler_that_is_off_shows(sequences, now):
     noisy = [dataclasses.replace(one, sampler=one.old + 0.7 * rng.normal(size=len(one.old))) for one in sequences]
 
     def told(cap: float | None) -> dict[str, float]:
-        loss = make_policy_loss(given, Surrogate(importance_cap=cap))
+        loss = make_policy_loss(given, Surrogate(correction=truncated(cap)))
         _, sums = loss(jnp.asarray(lie(now, PACKED, 32)), jax.tree.map(jnp.asarray, pack(noisy, PACKED, 32)))
         return policy_metrics({"loss": 0.0, **{name: float(one) for name, one in sums.items()}}, 1)
 
     ratio = np.exp(np.concatenate([(one.old - one.sampler)[one.mask == 1] for one in noisy]))
     wanted = {f"ratio/{name}": getattr(np.minimum(ratio, 1.5), name)() for name in ("min", "mean", "max")}
-    wanted["truncated"] = (ratio > 1.5).mean()
+    wanted["truncated"], wanted["masked"] = (ratio > 1.5).mean(), 0.0
+    used = np.minimum(ratio, 1.5)
+    size = used.sum() ** 2 / (len(used) * (used**2).sum())
     assert 0.1 < wanted["truncated"] < 0.9
     found = told(1.5)
     assert {name: found[f"sampling/importance_sampling_{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-5)
-    assert found.keys() - told(None).keys() == {f"sampling/importance_sampling_{name}" for name in wanted}
+    assert found["sampling/effective_sample_size"] == pytest.approx(size, rel=1e-5) and 0.5 < size < 0.99
+    extra = {f"sampling/importance_sampling_{name}" for name in wanted} | {"sampling/effective_sample_size"}
+    assert found.keys() - told(None).keys() == extra
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +356,7 @@ def assert_close(found, wanted) -> None:
 
 @pytest.mark.parametrize(("level", "cap"), [("token", None), ("sequence", None), ("token", 1.5)])
 def test_packing_and_padding_change_nothing(params, sequences, gradients, level, cap):
-    compute = gradients(Surrogate(beta=0.1, level=level, importance_cap=cap))
+    compute = gradients(Surrogate(beta=0.1, level=level, correction=truncated(cap)))
     (value, sums), wanted = compute(params, pack(sequences, PACKED, 32))
     (other, others), found = compute(params, pack(sequences, [[number] for number in range(5)] + [[]], 40))
     np.testing.assert_allclose(other, value, rtol=1e-5)

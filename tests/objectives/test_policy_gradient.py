@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.objectives.policy_gradient import (
+    cispo_surrogate,
     clipped_surrogate,
+    gamma_weight,
     is_clipped,
     k3_divergence,
+    sapo_surrogate,
     sequence_mean,
-    truncated_importance,
+    sequence_sum,
 )
 
 
@@ -53,22 +56,35 @@ def test_the_divergence_by_hand():
     np.testing.assert_allclose(estimate, jnp.sum(p * jnp.log(p / q)), rtol=1e-6)
 
 
-def test_the_importance_by_hand():
-    """Ratios 1/2, 1, 3/2, 4 and those of sure and impossible tokens, at most 2; 1 is exact; there is no gradient."""
-    log_ratio = one_row(math.log(0.5), 0.0, math.log(1.5), math.log(4), math.inf, -math.inf)
-    found = truncated_importance(log_ratio, 2.0)
-    np.testing.assert_allclose(found, [[0.5, 1.0, 1.5, 2.0, 2.0, 0.0]], rtol=1e-6, atol=1e-8)
-    assert float(found[0, 1]) == 1.0 and float(found[0, 5]) > 0.0
-    slope = jax.grad(lambda x: truncated_importance(x, 2.0).sum())(one_row(0.1, 3.0))
-    assert slope.tolist() == [[0.0, 0.0]]
+def test_cispo_by_hand():
+    """A token that became 8 times likelier counts 5 times, none loses its gradient, which is the weight times -A."""
+    logprobs, ratio, advantages = one_row(-1.0, -2.0, -3.0), one_row(8.0, 0.1, 8.0), one_row(1.0, 1.0, -1.0)
+    np.testing.assert_allclose(cispo_surrogate(logprobs, ratio, advantages, 5.0), [[5.0, 0.2, -15.0]], rtol=1e-6)
+    slope = jax.grad(lambda lp: cispo_surrogate(lp, ratio * jnp.exp(lp - logprobs), advantages, 5.0).sum())(logprobs)
+    np.testing.assert_allclose(slope, [[-5.0, -0.1, 5.0]], rtol=1e-6)
 
 
-def test_a_mean_over_the_sampler_becomes_one_over_the_trainer():
-    """What the weight is for: sum q * min(p / q, cap) * f is sum p * f while no ratio is above the cap."""
-    p, q, f = jnp.asarray([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25], [1.0, -2.0, 5.0]])
-    weights = truncated_importance(jnp.log(p / q)[None], 2.0)[0]
-    np.testing.assert_allclose(jnp.sum(q * weights * f), jnp.sum(p * f), rtol=1e-6)
-    assert float(jnp.sum(q * truncated_importance(jnp.log(p / q)[None], 1.2)[0])) < 0.99
+def test_sapo_by_hand():
+    """At ratio 1 the gate is 1/2: the loss is -2 A / tau and the gradient that of the ratio; at tau (ratio - 1) = ln 3
+    the gate is 3/4 and its slope 4 * 3/4 * 1/4."""
+    advantages = one_row(2.0, -2.0, 0.0)
+    value = sapo_surrogate(one_row(1.0, 1.0, 1.0), advantages, 1.0, 4.0)
+    np.testing.assert_allclose(value, [[-4.0, 1.0, 0.0]], rtol=1e-6)
+    slope = jax.grad(lambda r: sapo_surrogate(r, advantages, 1.0, 4.0).sum())
+    np.testing.assert_allclose(slope(one_row(1.0, 1.0, 1.0)), [[-2.0, 2.0, 0.0]], rtol=1e-6)
+    closing = one_row(1 + math.log(3), 1 + math.log(3) / 4, 1.0)
+    np.testing.assert_allclose(slope(closing), [[-1.5, 1.5, 0.0]], rtol=1e-6)
+
+
+def test_the_gamma_weight_by_hand():
+    """1 at w = 1; at w = 2: e^3 * 2^2 * e^-6 for good completions and e^2 * 2^3 * e^-4 for bad ones; no gradient."""
+    log_ratio, advantages = jnp.log(one_row(1.0, 1.0, 2.0, 2.0)), one_row(1.0, -1.0, 0.0, -1.0)
+    found = gamma_weight(log_ratio, advantages, (2.0, 3.0), (3.0, 2.0))
+    np.testing.assert_allclose(found, [[1.0, 1.0, 4 * math.exp(-3), 8 * math.exp(-2)]], rtol=1e-6)
+    slope = jax.grad(lambda x: gamma_weight(x, advantages, (2.0, 3.0), (3.0, 2.0)).sum())(log_ratio)
+    assert not slope.any()
+    extreme = gamma_weight(one_row(90.0, -90.0), one_row(1.0, 1.0), (2.0, 3.0), (3.0, 2.0))
+    np.testing.assert_allclose(extreme, [[0.0, math.exp(3 + 2 * math.log(1e-8))]], atol=1e-12)
 
 
 def test_the_mean_of_each_document():
@@ -78,3 +94,4 @@ def test_the_mean_of_each_document():
     ids = jnp.asarray([[1, 1, 1, 2, 2, 2], [1, 1, 2, 2, 0, 0]])
     found = sequence_mean(values, mask, ids, 3)
     np.testing.assert_allclose(found, [[2, 2, 2, 8, 8, 8], [0, 0, 7, 7, 0, 0]])
+    np.testing.assert_allclose(sequence_sum(values, mask, ids, 3), [[4, 4, 4, 16, 16, 16], [0, 0, 14, 14, 0, 0]])

@@ -1,11 +1,14 @@
 import numpy as np
 
+from r1jax.config.objective import GRPO_LOSSES
 from r1jax.objectives.reductions import (
     constant_length,
     micro_batch_mean,
     sequence_mean,
+    sequence_sum,
     token_mean,
     token_sum,
+    weigh_by,
 )
 
 
@@ -52,3 +55,20 @@ def test_loss_type_bnpo_is_a_mean_over_micro_batches():
 
 def test_loss_type_dr_grpo_divides_by_the_longest_whatever_the_lengths():
     np.testing.assert_allclose(constant_length(COUNTS, 10), [1 / 40] * 4)
+
+
+def test_loss_type_luspo_weighs_sequences_by_their_length():
+    """Losses of 1 a token: (2 + 4 + 0 + 6) / 4."""
+    assert (sequence_sum(COUNTS) * COUNTS).sum() == 3.0
+
+
+def test_each_loss_type_has_its_reduction():
+    micro_batches = np.asarray([0, 0, 1, 1])
+    expected = {
+        "grpo": sequence_mean(COUNTS), "sapo": sequence_mean(COUNTS), "luspo": sequence_sum(COUNTS),
+        "bnpo": micro_batch_mean(COUNTS, micro_batches), "dr_grpo": constant_length(COUNTS, 10),
+        **dict.fromkeys(("dapo", "cispo", "vespo"), token_mean(COUNTS)),
+    }  # fmt: skip
+    for loss_type, weights in expected.items():
+        np.testing.assert_array_equal(weigh_by(loss_type, 10)(COUNTS, micro_batches), weights)
+    assert set(GRPO_LOSSES) == expected.keys()

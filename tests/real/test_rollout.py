@@ -19,7 +19,8 @@ from r1jax.models.config import DecoderConfig
 from r1jax.models.families import decoder_config
 from r1jax.models.parameters import abstract_params
 from r1jax.models.transformer import forward, output_kernel
-from r1jax.objectives.cross_entropy import default_chunk, token_logprobs
+from r1jax.objectives.cross_entropy import token_logprobs
+from r1jax.objectives.vocabulary import default_chunk
 from r1jax.rollout.engine import EmbeddedEngine
 from r1jax.rollout.settings import SamplingSettings
 from r1jax.sharding.mesh import make_mesh

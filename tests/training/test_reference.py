@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config.grpo import GrpoConfig
 from r1jax.config.optimizer import OptimizerConfig
+from r1jax.config.reference import ReferenceConfig
 from r1jax.training.reference import Reference
 from r1jax.training.state import StateLayout, fresh_params
 
-MOVING = GrpoConfig(beta=0.1, sync_ref_model=True, ref_model_mixup_alpha=0.25, ref_model_sync_steps=3)
+MOVING = ReferenceConfig(beta=0.1, sync_ref_model=True, ref_model_mixup_alpha=0.25, ref_model_sync_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def values(tree) -> list[np.ndarray]:
 
 
 def test_without_sync_it_is_the_starting_model_in_the_compute_dtype(layout, start, policy):
-    reference = Reference(start, GrpoConfig(beta=0.1), layout, "bfloat16")
+    reference = Reference(start, ReferenceConfig(beta=0.1), layout, "bfloat16")
     for done in range(1, 2000, 100):
         reference.follow(done, policy)
     for leaf, first in zip(jax.tree.leaves(reference.params), jax.tree.leaves(start), strict=True):
@@ -45,7 +45,7 @@ def test_it_survives_that_the_policy_is_donated(decoder, layout):
     """The first update destroys the arrays that the reference was made from."""
     params = fresh_params(decoder, 0, layout)
     before = values(params)
-    reference = Reference(params, GrpoConfig(beta=0.1), layout, "float32")
+    reference = Reference(params, ReferenceConfig(beta=0.1), layout, "float32")
     for leaf in jax.tree.leaves(params):
         leaf.delete()
     assert all(np.array_equal(a, b) for a, b in zip(values(reference.params), before, strict=True))
