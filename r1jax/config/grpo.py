@@ -1,18 +1,17 @@
 """The GRPO objective (defaults of TRL 0.18, the version open-r1 runs)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from r1jax.config.advantages import AdvantagesConfig
 from r1jax.config.errors import at_least, require
+from r1jax.config.selection import SelectionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoConfig:
     beta: float = 0.04
     """Weight of the KL term against the frozen reference; 0 means none, and no reference in memory."""
-
-    scale_rewards: bool | Literal["group", "batch", "none"] = True
-    """Divide advantages by the standard deviation of the rewards of the group (true), of the batch, or not (false)."""
 
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """What the probability ratio is of: a token, or the mean over a completion (GSPO; use loss_type grpo with it)."""
@@ -41,6 +40,12 @@ class GrpoConfig:
     ref_model_sync_steps: int = 512
     """Optimizer steps between two moves of the reference."""
 
+    advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
+    """From rewards to advantages."""
+
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Which prompts are asked, and which answers are trained on."""
+
     def __post_init__(self) -> None:
         at_least("beta", self.beta, 0, "0 means no KL term")
         at_least("num_iterations", self.num_iterations, 1, "1 uses each batch once")
@@ -57,10 +62,3 @@ class GrpoConfig:
         needless = self.sync_ref_model and self.beta == 0
         advice = "with beta 0 there is no reference to move"
         require(not needless, "sync_ref_model", "false when beta is 0", self.sync_ref_model, advice)
-
-    @property
-    def scaling(self) -> Literal["group", "batch", "none"]:
-        """scale_rewards by name: true is group, false is none, as in TRL."""
-        if isinstance(self.scale_rewards, bool):
-            return "group" if self.scale_rewards else "none"
-        return self.scale_rewards

@@ -239,6 +239,14 @@ def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
         return "vllm_server_base_url is given"
     if name == "vllm_importance_sampling_cap" and not chosen["vllm_importance_sampling_correction"]:
         return "vllm_importance_sampling_correction is false"
+    if name == "dynamic_sampling_max_rounds" and not chosen["dynamic_sampling"]:
+        return "dynamic_sampling is false"
+    if name.startswith("curriculum_") and chosen["prompt_curriculum"] == "none":
+        return "prompt_curriculum is none"
+    if name == "shuffle_dataset" and chosen["prompt_curriculum"] != "none":
+        return "prompt_curriculum draws the prompts"
+    if name == "scale_rewards" and chosen["multi_objective_aggregation"] == "normalize_then_sum":
+        return "multi_objective_aggregation: normalize_then_sum divides each reward by its group's deviation"
     if name in ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"):
         return f"the server is given it: launch/vllm_server.sh MODEL_DIR --{name[5:].replace('_', '-')}"
     return None

@@ -82,6 +82,8 @@ class RunConfig:
         self.objective.check(self.run.task)
         if self.run.task == "grpo":
             check_generation_batch(self.batch, self.sampling, self.mesh.data_shards)
+            corrects = self.vllm.importance_cap is not None
+            self.grpo.selection.check(self.rewards.reward_funcs, corrects=corrects)
 
     def _check_evaluation(self) -> None:
         if not (self.reporting.do_eval or self.reporting.eval_strategy != "no"):
