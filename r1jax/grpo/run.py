@@ -10,9 +10,10 @@ import jax
 
 from r1jax.config import RunConfig
 from r1jax.config.folders import check_folder
-from r1jax.experience import storage
+from r1jax.experience import carried_storage, storage
 from r1jax.experience.collect import Collector
 from r1jax.experience.observer import Observer
+from r1jax.experience.selection import Carried
 from r1jax.experience.task import Task, read_task
 from r1jax.grpo.collecting import evaluate_policy, make_collector, make_generations, open_graders
 from r1jax.grpo.sampling import cache_bytes, open_engine, open_journal
@@ -63,7 +64,7 @@ def run(config: RunConfig) -> None:
                 cache_bytes=cache_bytes(config, source, layout, task),
             )
             # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
-            state, reference, kept = begin(config, source, layout, task, order, opening)
+            state, reference, (kept, carried) = begin(config, source, layout, task, order, opening)
             # 4. Training, then the model as others read it.
             keeper = begin_writing(config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics)
             with (
@@ -72,7 +73,7 @@ def run(config: RunConfig) -> None:
                 open_graders(config, task) as graders,
             ):
                 collector = make_collector(config, source, task, graders, engine)
-                experience = Kept(batches=kept, ahead=ahead, journal=samples)
+                experience = Kept(batches=kept, carried=carried, ahead=ahead, journal=samples)
                 state, done = train_policy(
                     config, source, layout, task, collector, state, reference, experience, keeper
                 )
@@ -88,6 +89,8 @@ class Kept:
 
     batches: dict[int, Any]
     """By the step that uses them."""
+    carried: Carried
+    """What its generations have handed on."""
     ahead: Label | None
     """The weights that the next generation was being drawn with."""
     journal: Journal | None
@@ -96,24 +99,29 @@ class Kept:
 
 def begin(
     config: RunConfig, source: Source, layout: StateLayout, task: Task, order: DataOrder, opening: Opening
-) -> tuple[TrainState, Reference | None, dict[int, Any]]:
-    """(the state, the reference if there is a KL term, the batches that a checkpoint has kept for its next steps)."""
+) -> tuple[TrainState, Reference | None, tuple[dict[int, Any], Carried]]:
+    """(the state, the reference if there is a KL term, what a checkpoint has kept: batches for its next steps, and what
+    its generations have handed on)."""
     start, reference, params = opening.start, None, None
+    fresh, names = Carried(rates=task.pass_rates), task.reward_names
     if start is None or config.grpo.beta:
         params = first_params(config, source, layout)
     if config.grpo.beta:
         reference = Reference(params, config.grpo, layout, config.model.compute_dtype)
     if start is None:
-        return start_state(params, config.optimizer, layout), reference, {}
+        return start_state(params, config.optimizer, layout), reference, ({}, fresh)
     del params
     beside = {
         **(reference.abstract() if reference else {}),
         **storage.abstract(start.metadata, layout.batch),
+        **carried_storage.abstract(start.metadata, layout.batch),
     }
     state, trees = restore_beside(start, opening.checkpoints, layout, order, beside)
     if reference:
         reference.take(trees)
-    return state, reference, storage.restored(trees, start.metadata, task.geometry, layout.batch)
+    size = config.grpo.selection.replay_buffer_size
+    carried = carried_storage.restored(trees, start.metadata, fresh, names, size)
+    return state, reference, (storage.restored(trees, start.metadata, task.geometry, layout.batch), carried)
 
 
 def train_policy(
@@ -145,7 +153,9 @@ def train_policy(
         start_step=int(state.step),
         log_table=keeper.recorder.trackers.log_table,
     )
-    generations = make_generations(config, layout, task, collector, score, reference, observer.observe, kept.batches)
+    generations = make_generations(
+        config, layout, task, collector, score, reference, observer.observe, kept.batches, kept.carried
+    )
     generations.ahead = kept.ahead
     whole = int(state.step)  # the checkpoint that is on disk when the next one begins
 
@@ -166,6 +176,8 @@ def train_policy(
     def beside(done: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         nonlocal whole
         trees, metadata = storage.stored(generations.kept)
+        more, about = carried_storage.stored(generations.carried, task.reward_names, layout.batch)
+        trees, metadata = {**trees, **more}, {**metadata, **about}
         if generations.ahead is not None:
             metadata = {**metadata, journal.FOLDER: dataclasses.asdict(generations.ahead)}
         if kept.journal is not None and jax.process_index() == 0:

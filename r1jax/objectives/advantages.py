@@ -89,7 +89,7 @@ def normalized_sums(
     baseline: Baseline = "group",
 ) -> Float[np.ndarray, " N"]:
     """The weighted sum of what each reward function's advantages within the group would be alone; NaN where none
-    scored: no reward drowns another by its scale (GDPO, `multi_objective_aggregation: normalize_then_sum` in TRL)."""
+    scored: no reward drowns another by its scale (GDPO, arXiv 2601.05242)."""
     columns = [group_advantages(column, group_size, "group", baseline) for column in values.T]
     apart = np.where(np.isnan(values), np.nan, np.stack(columns, axis=1))
     return combine(apart, weights)
