@@ -26,4 +26,5 @@ def weighted_order(weights: np.ndarray, seed: int, generation: int, use: int) ->
 
 def _draws(count: int, seed: int, generation: int, use: int) -> np.ndarray:
     # Raw numbers, as numpy may change what its generators make of them.
-    return np.random.Philox(key=[seed + use, generation]).random_raw(count)
+    # As uint64: a list with a number this large and a small one would become float64, which has no room for a seed.
+    return np.random.Philox(key=np.asarray([seed + use, generation], np.uint64)).random_raw(count)
