@@ -198,6 +198,27 @@ def test_a_failure_leaves_what_was_handed_on_as_it_was(pieces: Pieces) -> None:
     assert run.generations.carried is before and ("generate", 1, 2) in run.engine.events
 
 
+class Deaf(Losing):
+    """Takes no weights of the third update."""
+
+    def sync(self, params: Any, version: int, *, lost: bool = False) -> None:
+        if version == 2:
+            raise ResumableFailure("vllm: no server took the weights")
+        super().sync(params, version, lost=lost)
+
+
+def test_so_does_one_behind_the_choice(pieces: Pieces) -> None:
+    """While the next generation is begun: this one has not been trained on yet."""
+    run = made(pieces, SelectionConfig(prompt_curriculum="pass_rate"), depth=1)
+    engine = Deaf(pieces.collector.engine)
+    run.generations.collector = dataclasses.replace(run.generations.collector, engine=engine)
+    run.goes(pieces, range(2))
+    before = run.generations.carried
+    with pytest.raises(ResumableFailure):
+        run.goes(pieces, range(2, 3))
+    assert run.generations.carried is before and len(run.metrics) == 1
+
+
 def test_stored_groups_stand_in_for_dead_ones(pieces: Pieces) -> None:
     """As they were sampled, whatever their age; none twice in a batch."""
     run = made(pieces, SelectionConfig(replay_buffer_size=6)).goes(pieces, range(6))

@@ -50,6 +50,21 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"loss_type": "nll"}, "loss_type: need one of grpo, bnpo, dr_grpo, dapo for task grpo, got 'nll'"),
         ({"scale_rewards": "groups"}, "scale_rewards: need"),
         ({"packing": True}, "packing: "),
+        (
+            {"dynamic_sampling_max_rounds": 1},
+            "dynamic_sampling_max_rounds: need x >= 2, got 1; dynamic_sampling: false",
+        ),
+        ({"replay_buffer_size": -1}, "replay_buffer_size: need x >= 0, got -1; 0 means no buffer"),
+        ({"replay_buffer_size": 4}, "replay_buffer_size: need 0 without an importance correction, got 4; its groups a"),
+        ({"curriculum_reward_func": "format"}, "curriculum_reward_func: need one of tiny_rewards:likes_w3, got format"),
+        (
+            {"prompt_curriculum": "pass_rate", "curriculum_column": "rate"},
+            "curriculum_column: need a column of the dataset, got rate; its columns are prompt, difficulty",
+        ),
+        (
+            {"prompt_curriculum": "pass_rate", "curriculum_column": "difficulty"},
+            "curriculum_column: need a pass rate from 0 to 1, or a list of rewards, in every row, got 2 in row 2; l",
+        ),
     ],
 )
 def test_what_does_not_fit(world: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], line: str) -> None:

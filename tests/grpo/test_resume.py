@@ -1,7 +1,7 @@
 """A run that was stopped goes on as if nothing had happened: the same weights to the bit, metrics, and completions.
 
-The three kinds of run differ in what a checkpoint must hold beside the state: nothing, batches of the present
-generation with the log-probabilities of an older policy, or a reference that moves.
+The kinds of run differ in what a checkpoint must hold beside the state: nothing, batches of the present generation with
+the log-probabilities of an older policy, what generations hand on to each other, or a reference that moves.
 """
 
 import json
@@ -32,8 +32,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "on_policy": {"logging_steps": 2},
     "off_policy": OFF_POLICY,
     "reference": {**OFF_POLICY, "num_iterations": 1, "beta": 0.2},
+    # What generations hand on to each other: here the pass rates of prompts.
+    "selected": {
+        "reward_funcs": ["tiny_rewards:mostly_dead"], "dynamic_sampling": True, "dynamic_sampling_max_rounds": 3,
+        "prompt_curriculum": "pass_rate", "curriculum_pass_value": 0.8, "steps_per_generation": 4,
+    },
     "moving_reference": {"beta": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,8 @@ def assert_same_end(folder: Path, whole: Path) -> None:
         ("off_policy", 2),
         ("off_policy", 5),
         ("reference", 1),
+        ("selected", 2),
+        ("selected", 3),
         ("moving_reference", 2),
         ("moving_reference", 3),
     ],
