@@ -42,8 +42,13 @@ class SelectionConfig:
         if judge is not None and judge not in reward_funcs:
             raise need("curriculum_reward_func", f"one of {', '.join(reward_funcs)}", judge, "null means the first")
         advice = "its groups are an older policy's: switch the correction on, or the buffer off"
-        size = self.replay_buffer_size
-        require(size == 0 or corrects, "replay_buffer_size", "0 without an importance correction", size, advice)
+        fits, size = corrects or not self.replays, self.replay_buffer_size
+        require(fits, "replay_buffer_size", "0 without an importance correction", size, advice)
+
+    @property
+    def replays(self) -> bool:
+        """Whether samples may be of policies long gone, whoever drew them."""
+        return self.replay_buffer_size > 0
 
     def judge(self, reward_funcs: Sequence[str]) -> int:
         """The place in reward_funcs of the reward that says what passed."""
