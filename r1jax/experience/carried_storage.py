@@ -106,7 +106,10 @@ def _buffer(found: Mapping[str, np.ndarray], groups: Sequence[Mapping[str, Any]]
                 Rollout(
                     prompt_id=rollout["prompt_id"],
                     sample=rollout["sample"],
-                    **{name: found[name][span] for name in _PER_TOKEN},
+                    tokens=found["tokens"][span],
+                    action_mask=found["action_mask"][span],
+                    logprobs=found["logprobs"][span],
+                    policy_logprobs=found["policy_logprobs"][span],
                     versions=tuple(VersionSpan(*each) for each in rollout["versions"]),
                     turns=tuple(Turn(*each) for each in rollout["turns"]),
                 )

@@ -40,7 +40,7 @@ def test_defaults_are_those_of_trl_018():
     )
     grpo = config.resolve(BASE | {"task": "grpo"}).config
     assert grpo.optimizer.learning_rate == 1e-6
-    assert (grpo.grpo.beta, grpo.objective.loss_type, grpo.grpo.epsilon, grpo.grpo.scale_rewards) == (
+    assert (grpo.grpo.beta, grpo.objective.loss_type, grpo.grpo.epsilon, grpo.grpo.advantages.scale_rewards) == (
         0.04,
         "bnpo",
         0.2,

@@ -52,7 +52,7 @@ def test_every_bit_comes_back_on_other_devices(tmp_path, devices):
     given = carried()
     found = through(tmp_path, given, Carried(rates=np.full(7, 0.5)), devices=devices)
     np.testing.assert_array_equal(found.rates, given.rates)
-    assert found.rates.dtype == np.float64 and len(found.buffer) == len(given.buffer) == 2
+    assert found.rates is not None and found.rates.dtype == np.float64 and len(found.buffer) == len(given.buffer) == 2
     for one, other in zip(found.buffer, given.buffer, strict=True):
         assert (one.score, one.generation) == (other.score, other.generation)
         for name in ("values", "rewards", "advantages"):

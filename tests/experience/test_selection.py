@@ -162,7 +162,7 @@ def test_a_signal_in_masked_completions_alone_is_none(pieces: Pieces, dynamic: R
     def trained(run: Run) -> np.ndarray:
         whole = [[not one.truncated for one in experience.rollouts] for experience in run.seen]
         differs = [np.abs(experience.advantages) > 1e-3 for experience in run.seen]
-        return np.logical_and(whole, differs).reshape(-1, 4).any(axis=1)
+        return np.asarray((np.asarray(whole) & np.asarray(differs)).reshape(-1, 4).any(axis=1))
 
     assert trained(made(pieces, DYNAMIC, masks=True).goes(pieces, range(6))).all()
     assert not trained(dynamic).all()
