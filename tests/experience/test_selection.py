@@ -23,7 +23,7 @@ from r1jax.experience.generations import Generations, Ready
 from r1jax.experience.selection import Carried
 from r1jax.rollout.vllm_client import ServersLost
 from tests.experience.losing import Losing
-from tests.grpo.world import NUM_PROMPTS, Pieces, assembled, keys
+from tests.grpo.world import NUM_PROMPTS, Pieces, assembled, draw, keys
 
 # Two steps on each of three generations of four prompts.
 PLAN: dict[str, Any] = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "max_steps": 6}
@@ -139,6 +139,27 @@ def test_each_round_asks_new_prompts_by_the_numbers_of_the_generation(dynamic: R
     assert {event[1:] for event in calls} == {(0, 0), (1, 2), (2, 4)}
     for experience in dynamic.seen:
         assert [one.sample for one in experience.rollouts] == [0, 1, 2, 3] * 4
+
+
+def test_rounds_compile_for_few_numbers_of_prompts(pieces: Pieces) -> None:
+    """Once 1, 2 and 4 have been asked, generations of four prompts need no other program."""
+    for number in (1, 2, 4):
+        draw(pieces, range(number), 4)
+    programs: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(str(kwargs.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run = made(pieces, DYNAMIC).goes(pieces, range(6))
+        assert max(metrics["dynamic_sampling/rounds"] for metrics in run.metrics) > 1
+        assert not {"jit(start_slots)", "jit(finish_slots)"} & set(programs)
+        draw(pieces, range(7), 4)
+        assert {"jit(start_slots)", "jit(finish_slots)"} <= set(programs)  # as another number would
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize(("most", "rounds", "sampled"), [(3, 3, 12), (10, 7, 26)])
