@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from r1jax.experience.collect import Experience
@@ -72,3 +73,19 @@ def test_rounds_end_at_their_bound_and_with_the_prompts() -> None:
 def test_a_whole_batch_asks_nothing() -> None:
     ask = Asked()
     assert not filled(unfilled(answers(0, 2), teaches), [4], ask, teaches, 10).dead and ask.prompts == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_large_batch_of_mostly_dead_groups_is_filled_in_a_few_rounds(seed: int) -> None:
+    """128 places, three groups in five dead: rounds of as many as are missing would need more than ten half of the
+    time."""
+    alive = np.random.default_rng(seed).random(2000) < 0.4
+    sizes: list[int] = []
+
+    def ask(prompts: Sequence[int]) -> Experience:
+        sizes.append(len(prompts))
+        return make_experience({prompt: [1.0, 0.0 if alive[prompt] else 1.0] for prompt in prompts})
+
+    found = filled(unfilled(ask(range(128)), teaches), range(128, 2000), ask, teaches, 10)
+    assert not found.dead and len(found.rounds) <= 4 and sum(sizes) == found.sampled
+    assert set(sizes) <= {1, 2, 4, 8, 16, 32, 64, 128}
