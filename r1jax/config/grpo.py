@@ -1,20 +1,18 @@
 """The GRPO objective (defaults of TRL 0.18, the version open-r1 runs)."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from r1jax.config.advantages import AdvantagesConfig
 from r1jax.config.correction import CorrectionConfig
 from r1jax.config.entropy import EntropyConfig
 from r1jax.config.errors import at_least
 from r1jax.config.reference import ReferenceConfig
+from r1jax.config.selection import SelectionConfig
 from r1jax.config.surrogate import SurrogateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoConfig:
-    scale_rewards: bool | Literal["group", "batch", "none"] = True
-    """Divide advantages by the standard deviation of the rewards of the group (true), of the batch, or not (false)."""
-
     num_iterations: int = 1
     """Optimizer passes over each generated batch."""
 
@@ -33,12 +31,11 @@ class GrpoConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     """What makes up for samples of another policy."""
 
+    advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
+    """From rewards to advantages."""
+
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Which prompts are asked, and which answers are trained on."""
+
     def __post_init__(self) -> None:
         at_least("num_iterations", self.num_iterations, 1, "1 uses each batch once")
-
-    @property
-    def scaling(self) -> Literal["group", "batch", "none"]:
-        """scale_rewards by name: true is group, false is none, as in TRL."""
-        if isinstance(self.scale_rewards, bool):
-            return "group" if self.scale_rewards else "none"
-        return self.scale_rewards

@@ -81,8 +81,17 @@ def _useless_in_grpo(name: str, chosen: Mapping[str, Any]) -> str | None:
         return "beta is 0: there is no KL term"
     if name.startswith("ref_model_") and not chosen["sync_ref_model"]:
         return "sync_ref_model is false"
+    if name == "dynamic_sampling_max_rounds" and not chosen["dynamic_sampling"]:
+        return "dynamic_sampling is false"
+    if name.startswith("curriculum_") and chosen["prompt_curriculum"] == "none":
+        return "prompt_curriculum is none"
+    if name == "shuffle_dataset" and chosen["prompt_curriculum"] != "none":
+        return "prompt_curriculum draws the prompts"
+    if name == "scale_rewards" and chosen["multi_objective_aggregation"] == "normalize_then_sum":
+        return "multi_objective_aggregation: normalize_then_sum divides each reward by its group's deviation"
     if name in _WEIGHTS and not chosen["vllm_importance_sampling_correction"]:
         return "vllm_importance_sampling_correction is false"
-    if name.startswith("vllm_importance_sampling_") and chosen["rollout_engine"] == "jax":
+    own = chosen["rollout_engine"] == "jax" and not chosen["replay_buffer_size"]
+    if name.startswith("vllm_importance_sampling_") and own:
         return "rollout_engine is jax: trainer and sampler are one model"
     return None

@@ -83,10 +83,17 @@ class RunConfig:
         self.objective.check(self.run.task)
         if self.run.task == "grpo":
             check_generation_batch(self.batch, self.sampling, self.mesh.data_shards)
+            corrects = make_correction(self.grpo.correction, same_policy=self.samples_itself).mode is not None
+            self.grpo.selection.check(self.rewards.reward_funcs, corrects=corrects)
             self._check_weights()
 
+    @property
+    def samples_itself(self) -> bool:
+        """Whether every completion is of the very policy that is trained on it: no server's, none kept from earlier."""
+        return self.vllm.rollout_engine == "jax" and not self.grpo.selection.replays
+
     def _check_weights(self) -> None:
-        mode = make_correction(self.grpo.correction, same_policy=self.vllm.rollout_engine == "jax").mode
+        mode = make_correction(self.grpo.correction, same_policy=self.samples_itself).mode
         fits = self.objective.loss_type != "vespo" or mode is None or mode.startswith("token")
         rule = "token_truncate or token_mask with loss_type vespo"
         require(fits, "vllm_importance_sampling_mode", rule, mode, "vespo has the ratio of the completion already")

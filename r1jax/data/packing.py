@@ -251,6 +251,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
     Not `Generator.permutation`, whose algorithm numpy may change between versions; a bit generator's stream stays.
     """
-    order = np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
+    # As uint64: a list with a seed from 2**63 on and a small epoch would become float64, which has no room for it.
+    key = np.asarray([seed, epoch], np.uint64)
+    order = np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
     order.flags.writeable = False  # it is cached
     return order

@@ -20,7 +20,7 @@ from r1jax.config.errors import ResumableFailure
 from r1jax.data.prompts import Prompts
 from r1jax.experience.drawing import Drawing, Drawn, Request
 from r1jax.experience.exchange import all_gathered
-from r1jax.objectives.advantages import Scaling, combine, group_advantages
+from r1jax.objectives.advantages import Comparison, combine
 from r1jax.rewards.grading import Graders, Scores
 from r1jax.rollout.engine import RolloutEngine
 from r1jax.rollout.vllm_client import ServersLost
@@ -64,8 +64,7 @@ class Collector:
     graders: Graders
     tokenizer: PreTrainedTokenizerBase
     reward_names: tuple[str, ...]
-    reward_weights: tuple[float, ...] | None
-    scaling: Scaling
+    comparison: Comparison
 
     def collect(self, request: Request, params: Params, version: int) -> Experience:
         """The completions of a request, sampled by these weights, which update `version` has written."""
@@ -122,14 +121,14 @@ class Collector:
         counts = {**mine.scores.counts, **self.engine.counts()}
         parts = all_gathered((mine.rollouts, mine.scores.values, counts, mine.seconds, mine.scores.seconds))
         values = np.concatenate([part[1] for part in parts])
-        rewards = combine(values, self.reward_weights)
+        rewards = combine(values, self.comparison.weights)
         return Experience(
             rollouts=tuple(rollout for part in parts for rollout in part[0]),
             group_size=size,
             reward_names=self.reward_names,
             values=values,
             rewards=rewards,
-            advantages=group_advantages(rewards, size, self.scaling),
+            advantages=self.comparison.advantages(values, size),
             counts={name: sum(part[2][name] for part in parts) for name in parts[0][2]},
             seconds={"rollout": max(part[3] for part in parts), "rewards": max(part[4] for part in parts)},
         )

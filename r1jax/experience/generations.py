@@ -25,7 +25,9 @@ from r1jax.experience.drawing import Drawing, Request
 from r1jax.experience.exchange import all_gathered
 from r1jax.experience.plan import GenerationPlan
 from r1jax.experience.report import experience_metrics
+from r1jax.experience.rounds import Ask
 from r1jax.experience.scoring import Scoring
+from r1jax.experience.selection import Carried, Selection
 from r1jax.objectives.reductions import Weigh
 from r1jax.rollout.journal import Label
 from r1jax.sharding.placement import local_rows, to_devices
@@ -90,6 +92,7 @@ class Generations:
     plan: GenerationPlan
     prompts: Prompts
     collector: Collector
+    selection: Selection
     packer: Packer
     scoring: Scoring
     observe: Observe
@@ -98,6 +101,9 @@ class Generations:
     """Generations that are drawn ahead of the one that is trained on: 0 or 1."""
     kept: dict[int, Ready] = dataclasses.field(default_factory=dict)
     """Batches by the step that uses them, from the present generation."""
+
+    carried: Carried = dataclasses.field(default_factory=Carried)
+    """What the generations so far have handed on to the next one's selection."""
 
     drawing: Drawing | None = None
     """The next generation, where it is drawn ahead."""
@@ -129,19 +135,25 @@ class Generations:
         jax.block_until_ready(params)
         clock.lap("time/update")  # what the last update still took when the host had nothing else to do
         generation = self.plan.step(step)[0]
-        experience = self._taken(generation, step, params, clock)
+        first = self._taken(generation, step, params, clock)
+        chosen = self.selection.choose(generation, first, self.carried, self._more(generation, step, params))
+        clock.lap("time/selection")
         if self.depth and (generation + 1) * self.plan.steps_per_generation < self.plan.num_steps:
             self.collector.sync(params, step)
             clock.lap("time/sync")
-            self.drawing = self.collector.begin(self._request(generation + 1))
+            indices = self.selection.prompts(generation + 1, chosen.carried)
+            self.drawing = self.collector.begin(self._request(generation + 1, indices))
             self.ahead = self.collector.engine.label
-        metrics = {**experience_metrics(experience), **_staleness(experience, step)}
-        self.observe(step, experience, metrics)
-        first = generation * self.plan.steps_per_generation
-        self._prepare(experience, range(first, first + self.plan.steps_per_generation), params)
+        metrics = {**experience_metrics(chosen.sampled), **chosen.metrics, **_staleness(chosen.trained, step)}
+        self.observe(step, chosen.trained, metrics)
+        begin = generation * self.plan.steps_per_generation
+        self._prepare(chosen.trained, range(begin, begin + self.plan.steps_per_generation), params)
+        # Not before: a failure above is saved with the state, and the run that goes on makes this generation again.
+        self.carried = chosen.carried
         clock.lap("time/prepare")
-        times = {f"time/{phase}": seconds for phase, seconds in experience.seconds.items()}
-        return {**metrics, **times, **{name: seconds for name, seconds in clock.laps.items() if name != "time/collect"}}
+        times = {f"time/{phase}": seconds for phase, seconds in chosen.sampled.seconds.items()}
+        untold = {"time/collect"} | (set() if chosen.metrics else {"time/selection"})
+        return {**metrics, **times, **{name: seconds for name, seconds in clock.laps.items() if name not in untold}}
 
     def _taken(self, generation: int, step: int, params: Params, clock: "_Clock") -> Experience:
         """The generation, drawn ahead or now."""
@@ -152,15 +164,24 @@ class Generations:
             return experience
         self.collector.sync(params, step)
         clock.lap("time/sync")
-        experience = self.collector.collect(self._request(generation), params, step)
+        indices = self.selection.prompts(generation, self.carried)
+        experience = self.collector.collect(self._request(generation, indices), params, step)
         clock.lap("time/collect")
         return experience
 
-    def _request(self, generation: int) -> Request:
-        """What a generation is; whether it is drawn ahead, or again after a kill, makes no difference."""
+    def _more(self, generation: int, step: int, params: Params) -> Ask:
+        """What asks for further prompts of the generation, by the present weights."""
+
+        def ask(indices: Sequence[int]) -> Experience:
+            return self.collector.collect(self._request(generation, indices), params, step)
+
+        return ask
+
+    def _request(self, generation: int, indices: Sequence[int]) -> Request:
+        """What a generation asks; whether it is drawn ahead, or again after a kill, makes no difference."""
         return Request(
             prompts=self.prompts,
-            indices=self.plan.prompts(generation).tolist(),
+            indices=indices,
             group_size=self.plan.num_generations,
             step=generation,
             log_of={

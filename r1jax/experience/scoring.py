@@ -72,7 +72,7 @@ class Scoring:
 
 @functools.cache
 def _choose(entropy: EntropyConfig, sharding: NamedSharding) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(loss_mask, entropies or nothing) -> (1 on tokens that the policy gradient is of, each one's part of their mean)."""
+    """(loss_mask, entropies or nothing) -> (1 on tokens of the policy gradient, each one's part of their mean)."""
 
     def choose(mask: jax.Array, entropies: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         chosen = (mask == 1).astype(jnp.float32)

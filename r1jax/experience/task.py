@@ -4,12 +4,14 @@ import dataclasses
 from typing import Literal
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.config import RunConfig
 from r1jax.data.prompts import Prompts, longest_answerable, read_prompts, with_solutions
 from r1jax.data.splits import load_split
 from r1jax.experience.batches import Geometry, make_geometry
+from r1jax.experience.curriculum import first_rates
 from r1jax.experience.engines import check_sampler
 from r1jax.experience.plan import GenerationPlan, make_generation_plan
 from r1jax.rewards.registry import Reward, check_columns, make_rewards
@@ -26,11 +28,18 @@ class Task:
     rewards: tuple[Reward, ...]
     plan: GenerationPlan
     geometry: Geometry
+    pass_rates: np.ndarray | None
+    """float64 [N]: how often each training prompt is solved before the run; None where nobody asks."""
 
     @property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt, held-out ones included."""
         return max(int(found.lengths.max()) for found in (self.train, self.held_out) if found is not None)
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Of the reward functions, as metrics have them."""
+        return tuple(reward.name for reward in self.rewards)
 
     def fingerprint_at(self, completions_per_micro_batch: int) -> str:
         """Equal for runs whose steps ask the same, with micro-batches of so many completions."""
@@ -57,7 +66,14 @@ def read_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positio
         per_device=config.batch.per_device_train_batch_size,
         shards=shards,
     )
-    return Task(train=prompts["train"], held_out=prompts.get("test"), rewards=rewards, plan=plan, geometry=geometry)
+    return Task(
+        train=prompts["train"],
+        held_out=prompts.get("test"),
+        rewards=rewards,
+        plan=plan,
+        geometry=geometry,
+        pass_rates=first_rates(config.grpo.selection, prompts["train"].rows),
+    )
 
 
 def _read(config: RunConfig, which: Split, rewards: tuple[Reward, ...], tokenizer: PreTrainedTokenizerBase) -> Prompts:

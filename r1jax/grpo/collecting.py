@@ -7,9 +7,12 @@ from r1jax.config import RunConfig
 from r1jax.experience.collect import Collector
 from r1jax.experience.drawing import Request
 from r1jax.experience.generations import Generations, Observe, Packer
+from r1jax.experience.plan import GenerationPlan
 from r1jax.experience.report import experience_metrics
 from r1jax.experience.scoring import Scorers, Scoring
+from r1jax.experience.selection import Carried, Selection
 from r1jax.experience.task import Task
+from r1jax.objectives.advantages import Comparison
 from r1jax.objectives.reductions import weigh_by
 from r1jax.rewards.grading import Graders
 from r1jax.rollout.engine import EVALUATION, RolloutEngine
@@ -35,9 +38,30 @@ def make_collector(config: RunConfig, source: Source, task: Task, graders: Grade
         engine=engine,
         graders=graders,
         tokenizer=source.tokenizer,
-        reward_names=tuple(reward.name for reward in task.rewards),
-        reward_weights=config.rewards.reward_weights,
-        scaling=config.grpo.scaling,
+        reward_names=task.reward_names,
+        comparison=make_comparison(config),
+    )
+
+
+def make_comparison(config: RunConfig) -> Comparison:
+    """How completions of a prompt are compared."""
+    keys = config.grpo.advantages
+    return Comparison(
+        weights=config.rewards.reward_weights,
+        scaling=keys.scaling,
+        aggregation=keys.multi_objective_aggregation,
+        baseline=keys.advantage_baseline,
+    )
+
+
+def make_selection(config: RunConfig, plan: GenerationPlan) -> Selection:
+    """Which prompts are asked, and which groups are trained on."""
+    return Selection(
+        config=config.grpo.selection,
+        plan=plan,
+        comparison=make_comparison(config),
+        masks_truncated=config.grpo.mask_truncated_completions,
+        judge=config.grpo.selection.judge(config.rewards.reward_funcs),
     )
 
 
@@ -50,12 +74,15 @@ def make_generations(
     reference: Reference | None,
     observe: Observe,
     kept: dict[int, Any],
+    carried: Carried | None = None,
 ) -> Generations:
-    """What gives each step its batch. kept: batches that a checkpoint had, by their step."""
+    """What gives each step its batch. kept, carried: what a checkpoint had, of batches by their step and for the
+    selection; None at the start of a run."""
     return Generations(
         plan=task.plan,
         prompts=task.train,
         collector=collector,
+        selection=make_selection(config, task.plan),
         packer=Packer(
             geometry=task.geometry,
             sharding=layout.batch,
@@ -73,6 +100,7 @@ def make_generations(
         observe=observe,
         depth=config.vllm.rollout_async_depth,
         kept=kept,
+        carried=Carried(rates=task.pass_rates) if carried is None else carried,
     )
 
 

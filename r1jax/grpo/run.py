@@ -10,31 +10,28 @@ import jax
 
 from r1jax.config import RunConfig
 from r1jax.config.folders import check_folder
-from r1jax.experience import storage
+from r1jax.experience import carried_storage, storage
 from r1jax.experience.collect import Collector
 from r1jax.experience.observer import Observer
 from r1jax.experience.task import Task, read_task
+from r1jax.grpo.beginning import Beside, Kept, begin
 from r1jax.grpo.collecting import evaluate_policy, make_collector, make_generations, open_graders
 from r1jax.grpo.sampling import cache_bytes, open_engine, open_journal
 from r1jax.grpo.steps import make_steps, scored_for
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
 from r1jax.objectives.grpo import policy_metrics
 from r1jax.rollout import journal
-from r1jax.rollout.journal import Journal, Label
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
-from r1jax.training.bonus import EntropyBonus
 from r1jax.training.cadence import make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named
-from r1jax.training.opening import Opening, begin_writing, opened
-from r1jax.training.order import DataOrder, data_order
+from r1jax.training.opening import begin_writing, opened
+from r1jax.training.order import data_order
 from r1jax.training.profiling import profiled
-from r1jax.training.reference import Reference
-from r1jax.training.resume import restore_beside
 from r1jax.training.saving import Keeper
-from r1jax.training.source import Source, first_params, read_source
-from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
+from r1jax.training.source import Source, read_source
+from r1jax.training.state import StateLayout, TrainState, lay_out
 
 
 def run(config: RunConfig) -> None:
@@ -64,7 +61,7 @@ def run(config: RunConfig) -> None:
                 cache_bytes=cache_bytes(config, source, layout, task),
             )
             # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
-            state, beside, kept = begin(config, source, layout, task, order, opening)
+            state, beside, (kept, carried) = begin(config, source, layout, task, order, opening)
             # 4. Training, then the model as others read it.
             keeper = begin_writing(config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics)
             with (
@@ -73,68 +70,12 @@ def run(config: RunConfig) -> None:
                 open_graders(config, task) as graders,
             ):
                 collector = make_collector(config, source, task, graders, engine)
-                experience = Kept(batches=kept, ahead=ahead, journal=samples)
+                experience = Kept(batches=kept, carried=carried, ahead=ahead, journal=samples)
                 state, done = train_policy(config, source, layout, task, collector, state, beside, experience, keeper)
                 if done == task.plan.num_steps:
                     keeper.finish(done, state)
                     if samples is not None and jax.process_index() == 0:
                         samples.discard()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kept:
-    """What an earlier process of the run has left of its experience."""
-
-    batches: dict[int, Any]
-    """By the step that uses them."""
-    ahead: Label | None
-    """The weights that the next generation was being drawn with."""
-    journal: Journal | None
-    """Of samples; None where they can be drawn again."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Beside:
-    """What goes through a run beside its state, and into its checkpoints."""
-
-    reference: Reference | None
-    """None without a KL term."""
-    bonus: EntropyBonus | None
-    """None without an entropy bonus."""
-
-    @property
-    def parts(self) -> list[Reference | EntropyBonus]:
-        """Those that there are."""
-        return [part for part in (self.reference, self.bonus) if part is not None]
-
-    def trees(self) -> dict[str, Any]:
-        """What a checkpoint holds of them."""
-        return {name: tree for part in self.parts for name, tree in part.trees().items()}
-
-    def abstract(self) -> dict[str, Any]:
-        """What `trees` holds, as shapes with their shardings."""
-        return {name: tree for part in self.parts for name, tree in part.abstract().items()}
-
-
-def begin(
-    config: RunConfig, source: Source, layout: StateLayout, task: Task, order: DataOrder, opening: Opening
-) -> tuple[TrainState, Beside, dict[int, Any]]:
-    """(the state, what goes beside it, the batches that a checkpoint has kept for its next steps)."""
-    start, reference, params = opening.start, None, None
-    if start is None or config.grpo.reference.beta:
-        params = first_params(config, source, layout)
-    if config.grpo.reference.beta:
-        reference = Reference(params, config.grpo.reference, layout, config.model.compute_dtype)
-    bonus = EntropyBonus(config.grpo.entropy, layout) if config.grpo.entropy.has_bonus else None
-    beside = Beside(reference=reference, bonus=bonus)
-    if start is None:
-        return start_state(params, config.optimizer, layout), beside, {}
-    del params
-    wanted = {**beside.abstract(), **storage.abstract(start.metadata, layout.batch)}
-    state, trees = restore_beside(start, opening.checkpoints, layout, order, wanted)
-    for part in beside.parts:
-        part.take(trees)
-    return state, beside, storage.restored(trees, start.metadata, task.geometry, layout.batch)
 
 
 def train_policy(
@@ -152,7 +93,6 @@ def train_policy(
     plan, output_dir = task.plan, Path(config.run.output_dir)
     step, scorers = make_steps(config, source, layout, plan.num_steps)
     step = step if beside.bonus is None else beside.bonus.around(step)
-    reference = beside.reference
     cadence = make_cadence(config, plan.num_steps, plan.num_steps_per_epoch)
 
     def shows(first: int) -> bool:
@@ -168,14 +108,16 @@ def train_policy(
         start_step=int(state.step),
         log_table=keeper.recorder.trackers.log_table,
     )
-    generations = make_generations(config, layout, task, collector, scorers, reference, observer.observe, kept.batches)
+    generations = make_generations(
+        config, layout, task, collector, scorers, beside.reference, observer.observe, kept.batches, kept.carried
+    )
     generations.ahead = kept.ahead
     whole = int(state.step)  # the checkpoint that is on disk when the next one begins
 
     def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
         for index in range(int(state.step), plan.num_steps):
-            if reference is not None:
-                reference.follow(index, now().params)
+            if beside.reference is not None:
+                beside.reference.follow(index, now().params)
             ready, metrics = generations.ready(index, now().params)
             tokens = sum(ready.lengths)
             yield loop.StepInput(
@@ -189,6 +131,8 @@ def train_policy(
     def stored(done: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         nonlocal whole
         trees, metadata = storage.stored(generations.kept)
+        more, about = carried_storage.stored(generations.carried, task.reward_names, layout.batch)
+        trees, metadata = {**trees, **more}, {**metadata, **about}
         if generations.ahead is not None:
             metadata = {**metadata, journal.FOLDER: dataclasses.asdict(generations.ahead)}
         if kept.journal is not None and jax.process_index() == 0:

@@ -67,7 +67,7 @@ def make_surrogate(config: RunConfig) -> Surrogate:
         vespo=((keys.vespo_k_pos, keys.vespo_lambda_pos), (keys.vespo_k_neg, keys.vespo_lambda_neg)),
         beta=config.grpo.reference.beta,
         bias_corrected_kl=config.grpo.reference.use_bias_correction_kl,
-        correction=make_correction(config.grpo.correction, same_policy=config.vllm.rollout_engine == "jax"),
+        correction=make_correction(config.grpo.correction, same_policy=config.samples_itself),
     )
 
 

@@ -44,7 +44,7 @@ def test_defaults_are_those_of_trl_018():
         grpo.grpo.reference.beta,
         grpo.objective.loss_type,
         grpo.grpo.surrogate.epsilon,
-        grpo.grpo.scale_rewards,
+        grpo.grpo.advantages.scale_rewards,
     ) == (
         0.04,
         "bnpo",

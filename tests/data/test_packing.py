@@ -169,6 +169,8 @@ def test_order_is_a_fixed_function_of_seed_and_epoch():
     assert epoch_order(8, 42, 1).tolist() != order
     assert epoch_order(8, 43, 0).tolist() != order
     assert sorted(epoch_order(8, 42, 1).tolist()) == list(range(8))
+    large = [epoch_order(8, 2**63 + seed, 1).tolist() for seed in (0, 1, 42)]
+    assert large[0] != large[1] != large[2]
 
 
 def test_fingerprint_tells_plans_apart_but_not_their_duration():

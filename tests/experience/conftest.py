@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from r1jax.batch import Rollout, Turn, VersionSpan
 from r1jax.experience.collect import Experience
-from r1jax.objectives.advantages import combine, group_advantages
+from r1jax.objectives.advantages import Comparison, combine, group_advantages
 from tests.grpo.world import opened_world
 
 
@@ -24,6 +24,31 @@ def make_rollout(prompt: int, completion: int, number: int = 0, finish: str = "s
         policy_logprobs=logprobs * 2,
         versions=(VersionSpan(prompt, length, 0),),
         turns=(Turn(prompt, length, finish),),  # type: ignore[arg-type]
+    )
+
+
+def make_experience(
+    rewards: Mapping[int, Sequence[float]],
+    *,
+    cut: Collection[tuple[int, int]] = (),
+    comparison: Comparison | None = None,
+) -> Experience:
+    """One reward for each completion of the prompts; cut: (prompt, sample) of those that met the limit."""
+    values = np.asarray([value for row in rewards.values() for value in row], np.float64)[:, None]
+    size = len(next(iter(rewards.values())))
+    return Experience(
+        rollouts=tuple(
+            make_rollout(2, 3 + at, prompt, "length" if (prompt, at) in cut else "stop", at)
+            for prompt in rewards
+            for at in range(size)
+        ),
+        group_size=size,
+        reward_names=("right",),
+        values=values,
+        rewards=combine(values),
+        advantages=(comparison or Comparison()).advantages(values, size),
+        counts={"rewards/right/none": 1.0},
+        seconds={"rollout": 1.0, "rewards": 0.5},
     )
 
 

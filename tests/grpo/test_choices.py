@@ -16,6 +16,7 @@ from r1jax import grpo
 from r1jax.config import resolve
 from r1jax.config.correction import Correction
 from r1jax.experience.collect import Experience
+from r1jax.grpo.collecting import make_comparison
 from r1jax.objectives.grpo import policy_metrics
 from r1jax.objectives.surrogate import Surrogate, make_surrogate
 from r1jax.training.state import start_state
@@ -145,7 +146,7 @@ def test_the_samples_of_a_server_are_corrected(pieces: Pieces, drawn: Experience
 )
 def test_advantages_are_scaled_as_asked(pieces: Pieces, world: Path, scale: Any, deviation: str) -> None:
     config = resolve(keys(world, scale_rewards=scale)).config
-    found = draw(pieces, [3, 11], 4, scaling=config.grpo.scaling)
+    found = draw(pieces, [3, 11], 4, comparison=make_comparison(config))
     rewards = found.rewards.reshape(2, 4)
     assert np.isnan(rewards).any()  # brevity has none for some
     centred = rewards - np.nanmean(rewards, axis=1, keepdims=True)

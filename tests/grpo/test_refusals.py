@@ -18,6 +18,9 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("R1JAX_VLLM_KEY", "a-key-that-nobody-has")
 
 
+UNCORRECTED = {"vllm_importance_sampling_correction": False}
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
@@ -35,7 +38,8 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"use_vllm": True, "vllm_guided_decoding_regex": "a*"}, "vllm_guided_decoding_regex: need null, got a*; remo"),
         ({"use_vllm": True, "vllm_server_base_url": "host"}, "vllm_server_base_url: need http://host:port, https://ho"),
-        ({"use_vllm": True, "top_p": 0.9, **NOBODY}, "rollout_engine: need samples of the policy at its temperature w"),
+        ({"use_vllm": True, "min_p": 0.1, **NOBODY}, "rollout_engine: need the policy at its temperature, cut by top_k an"),
+        ({"use_vllm": True, "repetition_penalty": 1.1, **NOBODY}, "rollout_engine: need the policy at its temperature"),
         ({"use_vllm": True, **NOBODY}, "vllm_server_base_url: need an answer to /health, got none from http://127.0.0"),
         ({"num_generations": 3}, "num_generations: need a divisor of the 16 completions of a generation batch (1 per"),
         ({"num_generations": 1}, "num_generations: need x >= 2, got 1; advantages compare completions of one prompt"),
@@ -47,9 +51,27 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"do_eval": True}, "dataset_test_file: need a file"),
         ({"delta": 1.1}, "delta: need x > 1.2 (1 + the upper epsilon), got 1.1; it bounds the ratio beyond the clip r"),
         ({"sync_ref_model": True}, "sync_ref_model: need false when beta is 0, got true; with beta 0 there is no refe"),
-        ({"loss_type": "nll"}, "loss_type: need one of grpo, bnpo, dr_grpo, dapo for task grpo, got 'nll'"),
+        ({"loss_type": "nll"}, "loss_type: need one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo"),
         ({"scale_rewards": "groups"}, "scale_rewards: need"),
         ({"packing": True}, "packing: "),
+        (
+            {"dynamic_sampling_max_rounds": 1},
+            "dynamic_sampling_max_rounds: need x >= 2, got 1; dynamic_sampling: false",
+        ),
+        ({"replay_buffer_size": -1}, "replay_buffer_size: need x >= 0, got -1; 0 means no buffer"),
+        (
+            {"replay_buffer_size": 4, **UNCORRECTED},
+            "replay_buffer_size: need 0 without an importance correction, got 4; its groups a",
+        ),
+        ({"curriculum_reward_func": "format"}, "curriculum_reward_func: need one of tiny_rewards:likes_w3, got format"),
+        (
+            {"prompt_curriculum": "pass_rate", "curriculum_column": "rate"},
+            "curriculum_column: need a column of the dataset, got rate; its columns are prompt, difficulty",
+        ),
+        (
+            {"prompt_curriculum": "pass_rate", "curriculum_column": "difficulty"},
+            "curriculum_column: need a pass rate from 0 to 1, or a list of rewards, in every row, got 2 in row 2; l",
+        ),
     ],
 )
 def test_what_does_not_fit(world: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], line: str) -> None:

@@ -1,7 +1,8 @@
 """A run that was stopped goes on as if nothing had happened: the same weights to the bit, metrics, and completions.
 
 The kinds of run differ in what a checkpoint must hold beside the state: nothing, batches of the present generation with
-the log-probabilities of an older policy, a reference that moves, or an entropy bonus that does.
+the log-probabilities of an older policy, what generations hand on to each other, a reference or an entropy bonus that
+moves.
 """
 
 import json
@@ -32,6 +33,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "on_policy": {"logging_steps": 2},
     "off_policy": OFF_POLICY,
     "reference": {**OFF_POLICY, "num_iterations": 1, "beta": 0.2},
+    # What generations hand on to each other: pass rates of prompts, and groups that stand in for dead ones.
+    "selected": {
+        "reward_funcs": ["tiny_rewards:mostly_dead"], "dynamic_sampling": True, "dynamic_sampling_max_rounds": 3,
+        "prompt_curriculum": "pass_rate", "curriculum_pass_value": 0.8, "steps_per_generation": 4,
+        "replay_buffer_size": 8,
+    },
     "moving_reference": {"beta": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5},
     "shaped": {
         **OFF_POLICY, "loss_type": "cispo", "top_p": 0.8, "top_entropy_quantile": 0.5, "use_adaptive_entropy": True,
@@ -72,6 +79,8 @@ def assert_same_end(folder: Path, whole: Path) -> None:
         ("off_policy", 2),
         ("off_policy", 5),
         ("reference", 1),
+        ("selected", 2),
+        ("selected", 3),
         ("moving_reference", 2),
         ("moving_reference", 3),
         ("shaped", 2),

@@ -60,6 +60,24 @@ def brevity(completions, **kwargs):
     return [None if words and int(words[0][1:]) % 2 == 0 else -len(words) for words in texts(completions)]
 
 
+def sums(completions):
+    return [sum(int(word[1:]) for word in words if word[0] == "w") for words in texts(completions)]
+
+
+def mostly_dead(completions, difficulty, **kwargs):
+    """The same for all completions of three prompts in five; of the others what their words add up to."""
+    return [0.0 if number % 5 < 3 else total / 100 for number, total in zip(difficulty, sums(completions))]
+
+
+def dead(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def even(completions, **kwargs):
+    """1 where the words add up to an even number."""
+    return [float(total % 2 == 0) for total in sums(completions)]
+
+
 def unsure(completions, **kwargs):
     return [None] * len(completions)
 

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from r1jax.config import schema
-from tests.grpo.world import keys, opened_world
+from tests.grpo.world import NUM_PROMPTS, keys, opened_world, write_rows
 from tests.keys.case import Case, Observer, assert_named, at, forget, look, look_again
 from tests.keys.grpo_observers import batch, evaluation, graders, plan, program, rewards, run
 
 REFERENCE = {"beta": 0.1, "max_steps": 3}
 MOVING = {**REFERENCE, "sync_ref_model": True, "learning_rate": 1e-2}
 TWO = {"reward_funcs": ["tiny_rewards:likes_w3", "tiny_rewards:brevity"]}
+BINARY = {"reward_funcs": ["tiny_rewards:even", "tiny_rewards:likes_w3"]}
+CURRICULUM = {**BINARY, "prompt_curriculum": "pass_rate"}
 COSINE = {"reward_funcs": ["cosine"]}
 REPETITION = {"reward_funcs": ["repetition_penalty"]}
 OVERLONG = {"reward_funcs": ["soft_overlong_punishment"]}
@@ -26,6 +28,14 @@ CASES: dict[str, Case] = {
     # grpo
     "beta": at(batch, 0.1),
     "scale_rewards": at(batch, False),
+    "multi_objective_aggregation": at(batch, "normalize_then_sum", **TWO),
+    "advantage_baseline": at(batch, "leave_one_out"),
+    "dynamic_sampling": at(batch, True, before=False, reward_funcs=["tiny_rewards:mostly_dead"]),
+    "dynamic_sampling_max_rounds": at(batch, 2, reward_funcs=["tiny_rewards:dead"], dynamic_sampling=True),
+    "prompt_curriculum": at(batch, "pass_rate", **BINARY),
+    "curriculum_reward_func": at(batch, "tiny_rewards:likes_w3", **CURRICULUM),
+    "curriculum_pass_value": at(batch, 0.0, **CURRICULUM),
+    "curriculum_column": at(batch, "rate", **CURRICULUM, dataset_train_file="{folder}/rated.jsonl"),
     "importance_sampling_level": at(program, "sequence"),
     "epsilon": at(program, 0.1),
     "epsilon_high": at(program, 0.28),
@@ -104,6 +114,7 @@ ELSEWHERE: dict[str, str] = {
     "vllm_request_timeout": "needs a server: experience/test_engines.py::test_how_long_a_request_may_take",
     "vllm_verify_steps": "needs a server: experience/test_engines.py::test_how_often_servers_are_compared",
     "rollout_async_depth": "needs a server: experience/test_ahead.py::test_the_next_generation_is_drawn_meanwhile",
+    "replay_buffer_size": "experience/test_selection.py::test_stored_groups_stand_in_for_dead_ones",
     "vllm_gpu_memory_utilization": "reported as the server's: config/test_vllm.py::test_what_the_server_is_given",
     "vllm_importance_sampling_correction": (
         "needs a server's samples: grpo/test_choices.py::test_the_samples_of_a_server_are_corrected"
@@ -130,6 +141,8 @@ NOT_BUILT = frozenset(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with opened_world(tmp_path_factory.mktemp("grpo-keys")) as place:
+        rows = map(json.loads, (place / "train.jsonl").read_text().splitlines())
+        write_rows(place / "rated.jsonl", [{**row, "rate": row["difficulty"] / NUM_PROMPTS} for row in rows])
         yield place
         forget()
 
