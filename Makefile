@@ -1,7 +1,7 @@
 # Every target works on a fresh clone: it makes .venv and installs what it needs first. A second call installs nothing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-real test-aot test-vllm aot-table lint format bench clean
+.PHONY: help quickstart test test-integration test-real test-aot test-vllm aot-table lint format bench clean
 
 # The best Python that really starts and can make environments (a version manager's shim may exist and do neither).
 PYTHON ?= $(shell for candidate in python3.12 python3.13 python3.11 python3; do \
@@ -13,6 +13,7 @@ SMOLLM2 := .cache/smollm2/model.safetensors
 help:
 	@echo "make quickstart   train the built-in example on this machine's CPU, from nothing to an exported model"
 	@echo "make test         format, lint, types, tests"
+	@echo "make test-integration  whole runs: several processes, kills, restarts, layouts of eight devices"
 	@echo "make test-real    a real pretrained model on real data (needs R1JAX_TEST_ASSETS)"
 	@echo "make test-aot     ZeRO's collectives and memory, compiled for TPUs on this CPU (an environment of its own)"
 	@echo "make test-vllm    against a real vLLM server on this CPU (needs R1JAX_TEST_ASSETS; an environment of its own)"
@@ -47,6 +48,9 @@ format: .venv/.test
 
 test: lint
 	.venv/bin/python -m pytest -n 2
+
+test-integration: .venv/.test
+	.venv/bin/python -m pytest -n 2 -m "integration and not slow and not gpu"
 
 $(SMOLLM2): | .venv/.test
 	@test -n "$(R1JAX_TEST_ASSETS)" || { echo "R1JAX_TEST_ASSETS: need the folder with tools/make_smollm2.py and data/, got nothing; set it" >&2; exit 2; }

@@ -25,6 +25,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from r1jax.trackers.tensorboard import records
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parent.parent
 TIMING = {
     "tokens_per_second",

@@ -25,6 +25,8 @@ from tests.grpo.world import metrics, opened_world, recipe, write_rows
 from tests.processes import ROOT, assert_near, environment, saved, scored, succeed
 from tests.shares import share_of
 
+pytestmark = pytest.mark.integration
+
 STEPS = 10
 # Python runs it at the start of every process of a test: files then tell by their permissions who has made them.
 MARKS = """

@@ -203,6 +203,7 @@ def test_a_model_without_chat_template_learns_chatml_and_its_vocabulary_grows(wo
         assert content == theirs[name], name
 
 
+@pytest.mark.integration
 def test_sigterm_saves_and_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(world: Path) -> None:
     # Long enough that the signal always lands inside it; 8 devices in both, as bit-identity asks for.
     changes = {"max_steps": 400, "logging_steps": 1, "do_eval": False, "eval_strategy": "no", "eval_steps": None}

@@ -35,7 +35,10 @@ DECODER = DecoderConfig(
     norm_eps=1e-6, rope_theta=1e4, qkv_bias=True, qk_norm=True, initializer_range=0.1,
 )  # fmt: skip
 FSDP, DATA_FSDP, FSDP_TENSOR = {"mesh_fsdp": 8}, {"mesh_data": 2, "mesh_fsdp": 4}, {"mesh_fsdp": 4, "mesh_tensor": 2}
-CASES = [(FSDP, stage) for stage in range(4)] + [(DATA_FSDP, 2), (FSDP_TENSOR, 0), (FSDP_TENSOR, 3)]
+CASES = [(FSDP, 3), (DATA_FSDP, 2), (FSDP_TENSOR, 0)] + [
+    pytest.param(shape, stage, marks=pytest.mark.integration)
+    for shape, stage in [(FSDP, 0), (FSDP, 1), (FSDP, 2), (FSDP_TENSOR, 3)]
+]
 
 
 def laid_out(shape: dict[str, int], stage: int) -> StateLayout:

@@ -38,7 +38,10 @@ UNCORRECTED = {"vllm_importance_sampling_correction": False}
         ),
         ({"use_vllm": True, "vllm_guided_decoding_regex": "a*"}, "vllm_guided_decoding_regex: need null, got a*; remo"),
         ({"use_vllm": True, "vllm_server_base_url": "host"}, "vllm_server_base_url: need http://host:port, https://ho"),
-        ({"use_vllm": True, "min_p": 0.1, **NOBODY}, "rollout_engine: need the policy at its temperature, cut by top_k an"),
+        (
+            {"use_vllm": True, "min_p": 0.1, **NOBODY},
+            "rollout_engine: need the policy at its temperature, cut by top_k an",
+        ),
         ({"use_vllm": True, "repetition_penalty": 1.1, **NOBODY}, "rollout_engine: need the policy at its temperature"),
         ({"use_vllm": True, **NOBODY}, "vllm_server_base_url: need an answer to /health, got none from http://127.0.0"),
         ({"num_generations": 3}, "num_generations: need a divisor of the 16 completions of a generation batch (1 per"),

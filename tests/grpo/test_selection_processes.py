@@ -8,6 +8,8 @@ import pytest
 from tests.grpo.world import metrics, recipe
 from tests.processes import scored, succeed
 
+pytestmark = pytest.mark.integration
+
 PROCESSES = (1, 2)
 
 

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.launch.programs import ROOT, wait_for
 from tests.test_kill import assert_same_end, recipe, world
 from tests.test_kill_processes import steps_saved, trainers
+
+pytestmark = pytest.mark.integration
 
 __all__ = ["world"]  # fixture
 

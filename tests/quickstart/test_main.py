@@ -71,6 +71,7 @@ def test_the_longest_answer_fits_into_both_recipes():
     assert steps // grpo.sampling.num_generations <= quickstart.NUM_TASKS  # no task comes twice
 
 
+@pytest.mark.integration
 def test_two_steps_of_each_go_all_the_way(tmp_path, capsys):
     folder = tmp_path / "quickstart"
     short = {"max_steps": "2", "report_to": "none", "save_strategy": "no"}

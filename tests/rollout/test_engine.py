@@ -232,6 +232,7 @@ def test_what_the_model_cannot_take_is_refused(engine):
         draw(engine, [[1] * 60], ids=[17])
 
 
+@pytest.mark.integration
 def test_two_processes_draw_each_their_own(config, engine, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     script = Path(__file__).with_name("two_processes.py")

@@ -21,6 +21,8 @@ from tests.training.faults import (
     write_world,
 )  # fmt: skip
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -25,6 +25,8 @@ from tests.training.faults import (
     write_world,
 )  # fmt: skip
 
+pytestmark = pytest.mark.integration
+
 Phase = Callable[[Trainer, Path], Any]
 
 

@@ -157,6 +157,7 @@ def refused_port() -> str:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mode", ["hangs", "unreachable", *REFUSING])
 def test_a_hub_that_fails_costs_warnings_and_nothing_else(world: Path, unpublished: Path, mode: str) -> None:
     keys = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_token": TOKEN, "hub_timeout": 1.0}
