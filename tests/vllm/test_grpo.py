@@ -118,6 +118,22 @@ def test_the_next_generation_is_drawn_meanwhile(
     report.append("one generation ahead: mismatch_kl " + ", ".join(f"{row['mismatch_kl']:.1e}" for row in steps))
 
 
+def test_the_trainer_renormalises_over_what_the_server_drew_from(
+    server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]
+):
+    """vLLM's log-probabilities are of the distribution cut by top_k and top_p; the trainer cuts its own the same way."""
+    done = train(tmp_path, assets, smollm2, server, top_k=50, top_p=0.9, max_steps=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = logged(tmp_path)
+    worst = max(row["sampling/sampling_logp_difference/max"] for row in steps)
+    assert max(abs(row["mismatch_kl"]) for row in steps) < 1e-5
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert train(whole, assets, smollm2, server, max_steps=1).returncode == 0
+    assert logged(whole)[0]["entropy"] > steps[0]["entropy"] + 0.1
+    report.append(f"top_k 50, top_p 0.9: mismatch_kl {steps[-1]['mismatch_kl']:.1e}, largest difference {worst:.1e}")
+
+
 def test_a_server_of_another_length_is_refused_before_anything_is_written(
     server: Server, assets: Path, smollm2: Path, tmp_path: Path
 ):

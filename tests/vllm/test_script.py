@@ -23,6 +23,8 @@ def test_arguments(tmp_path: Path, smollm2: Path):
     assert refused(tmp_path, "--port", "1").startswith("usage: ")
     assert refused(tmp_path, str(tmp_path)).startswith("MODEL_DIR: need a directory with config.json")
     assert refused(tmp_path, str(smollm2), "--port").startswith("port: need a value, got nothing")
+    for words in (["--api-server-count", "2"], ["--api-server-count=2"]):
+        assert refused(tmp_path, str(smollm2), *words).startswith("api-server-count: need one server process, which ")
     assert list(tmp_path.iterdir()) == []
 
 
