@@ -118,7 +118,7 @@ SFT_ONLY = frozenset(
     }
 )
 
-# Where the two trainers' defaults differ in TRL; the dataclass has the sft one. (TRL's lora_dropout does not: LoraConfig.)
+# Where the two trainers' defaults differ in TRL; the dataclass has the sft one. (TRL's lora_dropout does not.)
 GRPO_DEFAULTS: Mapping[str, object] = {"learning_rate": 1e-6, "loss_type": "bnpo", "lora_dropout": 0.0}
 
 

@@ -24,6 +24,7 @@ from r1jax.rollout.journal import Journal, Label
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
+from r1jax.training.adapting import about_adapter, check_adapter
 from r1jax.training.cadence import make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named
 from r1jax.training.opening import Opening, begin_writing, opened
@@ -32,7 +33,7 @@ from r1jax.training.profiling import profiled
 from r1jax.training.reference import Reference
 from r1jax.training.resume import restore_beside
 from r1jax.training.saving import Keeper
-from r1jax.training.source import Source, first_params, read_source
+from r1jax.training.source import Source, first_params, frozen_params, read_source
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 
 
@@ -46,7 +47,10 @@ def run(config: RunConfig) -> None:
     limit = source.decoder.max_position_embeddings
     task = read_task(config, source.tokenizer, limit, data_shards(mesh))
     order = data_order(config, data_shards(mesh), task.fingerprint_at, task.plan.num_completions)
-    layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
+    adapter = config.model.adapter
+    layout = lay_out(
+        source.decoder, config.optimizer, mesh, config.mesh.zero_stage, adapter, config.model.compute_dtype
+    )
     with opened(config, source) as opening:
         if opening.start is not None:
             order.check(opening.start.metadata)
@@ -63,9 +67,15 @@ def run(config: RunConfig) -> None:
                 cache_bytes=cache_bytes(config, source, layout, task),
             )
             # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
-            state, reference, kept = begin(config, source, layout, task, order, opening)
+            frozen = frozen_params(config, source, layout)
+            about = about_adapter(config, source.decoder, frozen)
+            if opening.start is not None:
+                check_adapter(opening.start.metadata, about)
+            state, reference, kept = begin(config, source, layout, task, order, opening, frozen)
             # 4. Training, then the model as others read it.
-            keeper = begin_writing(config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics)
+            keeper = begin_writing(
+                config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics, adapter=about
+            )
             with (
                 contextlib.closing(keeper.recorder),
                 out_of_memory_named(estimate),
@@ -95,16 +105,26 @@ class Kept:
 
 
 def begin(
-    config: RunConfig, source: Source, layout: StateLayout, task: Task, order: DataOrder, opening: Opening
+    config: RunConfig,
+    source: Source,
+    layout: StateLayout,
+    task: Task,
+    order: DataOrder,
+    opening: Opening,
+    frozen: Any = None,
 ) -> tuple[TrainState, Reference | None, dict[int, Any]]:
-    """(the state, the reference if there is a KL term, the batches that a checkpoint has kept for its next steps)."""
+    """(the state, the reference if there is a KL term, the batches that a checkpoint has kept for its next steps).
+
+    frozen: with LoRA what of the model is not trained.
+    """
     start, reference, params = opening.start, None, None
     if start is None or config.grpo.beta:
         params = first_params(config, source, layout)
     if config.grpo.beta:
-        reference = Reference(params, config.grpo, layout, config.model.compute_dtype)
+        reference = Reference(params, config.grpo, layout, config.model.compute_dtype, frozen)
     if start is None:
-        return start_state(params, config.optimizer, layout), reference, {}
+        state = start_state(params, config.optimizer, layout)
+        return dataclasses.replace(state, frozen=frozen), reference, {}
     del params
     beside = {
         **(reference.abstract() if reference else {}),
@@ -113,6 +133,7 @@ def begin(
     state, trees = restore_beside(start, opening.checkpoints, layout, order, beside)
     if reference:
         reference.take(trees)
+    state = dataclasses.replace(state, frozen=frozen)
     return state, reference, storage.restored(trees, start.metadata, task.geometry, layout.batch)
 
 
@@ -153,13 +174,14 @@ def train_policy(
         for index in range(int(state.step), plan.num_steps):
             if reference is not None:
                 reference.follow(index, now().params)
-            ready, metrics = generations.ready(index, now().params)
+            ready, metrics = generations.ready(index, now().model)
             tokens = sum(ready.lengths)
             yield loop.StepInput(
                 step=index,
                 batch=ready.batch,
                 num_tokens=tokens,
-                flops=tokens * train_flops_per_token(source.decoder, mean_visible_keys(ready.lengths)),
+                flops=tokens
+                * train_flops_per_token(source.decoder, mean_visible_keys(ready.lengths), config.model.adapter),
                 metrics={**metrics, "packing_efficiency": ready.efficiency},
             )
 

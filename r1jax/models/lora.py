@@ -1,8 +1,9 @@
 """Low-rank adapters (LoRA, Hu et al. 2021): y = x W + s (x A) B, with W frozen and A, B trained.
 
-An adapter is a tree of `lora_a` [L, in, r] and `lora_b` [L, r, out] under the paths of the kernels that they are beside.
-Joined with the base, which has `lora_scale` [L] there, it makes a model that every forward pass, sampler and export
-reads as it reads one without: what computes with it folds the scale in (`folded`), what wants plain weights merges it.
+An adapter is a tree of `lora_a` [L, in, r] and `lora_b` [L, r, out] under the paths of the kernels that they stand
+beside. Joined with the base, which has `lora_scale` [L] there, it makes a model that every forward pass, sampler and
+export reads as it reads one without: what computes with it folds the scale in (`folded`), what wants plain weights
+merges it.
 """
 
 import functools

@@ -41,8 +41,8 @@ def unconstrained(kind: str, tree: Any) -> Any:
 
 
 def cast(params: Params, dtype: jnp.dtype | type) -> Params:
-    """Every leaf in dtype, an adapter's scale in its B: done while leaves are still sharded, so that gathering them moves
-    the fewer bytes."""
+    """Every leaf in dtype, an adapter's scale in its B: done while leaves are still sharded, so that gathering them
+    moves the fewer bytes."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), folded(params))
 
 

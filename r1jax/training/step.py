@@ -140,7 +140,7 @@ def _beside_frozen(step: Callable[..., tuple[TrainState, Sums]]) -> TrainStep:
 
 
 def make_eval_step(loss: Loss, layout: StateLayout) -> EvalStep:
-    """Jitted step(the whole model's params, batch [A, B, T]) -> {loss, and the loss's sums}, added up over the batch."""
+    """Jitted step(the model's params, batch [A, B, T]) -> {loss, and the loss's sums}, added up over the batch."""
 
     def step(params: Any, batch: PackedBatch) -> Sums:
         value, sums = _totals(lambda micro_batch, _: loss(params, micro_batch), batch)
