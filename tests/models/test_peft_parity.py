@@ -59,7 +59,7 @@ def trained_adapter(config: DecoderConfig, lora: LoraConfig) -> Any:
     """An adapter with B other than 0, which changes the logits by much."""
     adapter = adapters.init_adapter(config, lora, jax.random.key(1))
     for name, factors in adapters.sites_of(adapter):
-        factors["lora_b"] = 0.3 * jax.random.normal(jax.random.key(len(name)), factors["lora_b"].shape)
+        factors["lora_b"] = 0.1 * jax.random.normal(jax.random.key(len(name)), factors["lora_b"].shape)
     return adapter
 
 
