@@ -12,6 +12,7 @@ checkpoint. Runs on the CPU in one process.
 import argparse
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from r1jax.models.config import DecoderConfig
 from r1jax.models.families import decoder_config
 from r1jax.models.lora import abstract_adapter, join, scales, with_scale
 from r1jax.models.parameters import Params, abstract_params
-from r1jax.training.adapting import base_fingerprint, check_base, lora_of
+from r1jax.training.adapting import ADAPTER, BASE, base_fingerprint, check_base, lora_of
 
 
 class Model(NamedTuple):
@@ -119,6 +120,8 @@ def _from_orbax(folder: Path, step: int | None, args: argparse.Namespace) -> Mod
     metadata = checkpoints.metadata(step)
     config = decoder_config(metadata["hf_config"])
     lora = lora_of(metadata)
+    if lora is None and args.to == "peft":
+        raise need("SRC", "a run with an adapter for --to peft", f"{folder} of a whole model", "choose --to hf")
     shapes = abstract_params(config) if lora is None else abstract_adapter(config, lora)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_on_cpu()), shapes)
     params = checkpoints.restore_params(step, abstract)
@@ -130,11 +133,7 @@ def _from_orbax(folder: Path, step: int | None, args: argparse.Namespace) -> Mod
     else:  # older checkpoints do not carry them
         files = own if own.is_dir() else _if_local(name)
     if lora is not None and args.to == "hf":
-        params = join(with_scale(_base_of(name, config, metadata), lora, lambda depth: scales(lora, depth)), params)
-    elif lora is None and args.to == "peft":
-        raise need(
-            "SRC", "a run with an adapter for --to peft", f"one that trained the whole model, {folder}", "use hf"
-        )
+        params = join(with_scale(_base_of(str(name), config, metadata), lora, partial(scales, lora)), params)
     card = Card(steps=step)
     if name:
         card["base_model"] = name
@@ -146,8 +145,8 @@ def _base_of(name: str, config: DecoderConfig, metadata: dict[str, Any]) -> Para
     """The weights of that name, which must be those that a checkpoint's adapter was trained beside."""
     folder = peft.open_model(name)
     weights = folder.load(config, jax.tree.map(lambda _: _on_cpu(), abstract_params(config)), jnp.float32)
-    for dtype in metadata["adapter"]["base"]:
-        as_held = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)  # noqa: B023
+    for dtype in metadata[ADAPTER][BASE]:
+        as_held = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), weights)
         check_base(metadata, {dtype: base_fingerprint(as_held, config)})
     return weights
 

@@ -171,7 +171,7 @@ def test_another_base_is_refused_when_resuming_and_when_converting(
 
 
 def test_the_best_checkpoint_is_exported(world: Path) -> None:
-    """The greatest loss shall be best: that is the first evaluation's, and the export holds the adapter of that time."""
+    """The greatest loss shall be best: the first evaluation's, and the export holds the adapter of that time."""
     evaluates = {"dataset_test_file": str(world / "train.jsonl"), "eval_strategy": "steps", "eval_steps": 2}
     assert run(world, "best", load_best_model_at_end=True, greater_is_better=True, **evaluates) == 0
     assert convert.main([str(world / "best" / "checkpoints" / "2"), str(world / "second"), "--to", "peft"]) == 0

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 """Of what a checkpoint's metadata has of it; absent where everything is trained."""
-_BASE = "base"
+BASE = "base"
+"""In it: the fingerprint of the weights beside it, by the dtype that they were held in."""
 
 
 def about_adapter(config: RunConfig, decoder: DecoderConfig, frozen: Any) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def about_adapter(config: RunConfig, decoder: DecoderConfig, frozen: Any) -> dic
     words = (trained, total, 100 * trained / total, lora.lora_r, ", ".join(lora.modules))
     logger.info("training %s of %s parameters (%.3f %%): factors of rank %d beside %s", *words)
     base = {config.model.compute_dtype: base_fingerprint(frozen, decoder)}
-    return {ADAPTER: {**_settings(lora), _BASE: base}}
+    return {ADAPTER: {**_settings(lora), BASE: base}}
 
 
 def base_fingerprint(weights: Any, decoder: DecoderConfig) -> str:
@@ -57,7 +58,7 @@ def lora_of(metadata: Mapping[str, Any]) -> LoraConfig | None:
     about = metadata.get(ADAPTER)
     if about is None:
         return None
-    kept = {name: value for name, value in about.items() if name != _BASE}
+    kept = {name: value for name, value in about.items() if name != BASE}
     return LoraConfig(use_peft=True, **{**kept, "lora_target_modules": tuple(kept["lora_target_modules"])})
 
 
@@ -71,10 +72,10 @@ def check_adapter(metadata: Mapping[str, Any], about: Mapping[str, Any]) -> None
     if then is None or now is None:
         return
     for name in now:
-        if name != _BASE and then[name] != now[name]:
+        if name != BASE and then[name] != now[name]:
             advice = "restore the key, or choose another output_dir"
             raise need(name, f"{shown(then[name])}, as in the checkpoint", shown(now[name]), advice)
-    check_base(metadata, now[_BASE])
+    check_base(metadata, now[BASE])
 
 
 def check_base(metadata: Mapping[str, Any], found: Mapping[str, str]) -> None:
@@ -82,7 +83,7 @@ def check_base(metadata: Mapping[str, Any], found: Mapping[str, str]) -> None:
 
     found: their fingerprints by dtype; another dtype's says nothing.
     """
-    for dtype, then in metadata[ADAPTER][_BASE].items():
+    for dtype, then in metadata[ADAPTER][BASE].items():
         if found.get(dtype, then) != then:
             name = metadata.get("model_name_or_path")
             rule = f"the weights that the checkpoint's adapter was trained beside ({name}, {then})"

@@ -126,17 +126,22 @@ def make_train_step(
     if layout.frozen is None:
         return jax.jit(step, in_shardings=(places, layout.batch), out_shardings=results, donate_argnums=0)
     inputs = (places, layout.batch, layout.frozen_shardings)
-    return _beside_frozen(jax.jit(step, in_shardings=inputs, out_shardings=results, donate_argnums=0))
+    return _BesideFrozen(jax.jit(step, in_shardings=inputs, out_shardings=results, donate_argnums=0))
 
 
-def _beside_frozen(step: Callable[..., tuple[TrainState, Sums]]) -> TrainStep:
-    """The step, given what is frozen as an argument of its own, which is not donated."""
+@dataclasses.dataclass(frozen=True)
+class _BesideFrozen:
+    """A jitted step, given what is frozen as an argument of its own, which is not donated."""
 
-    def run(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Sums]:
-        after, sums = step(dataclasses.replace(state, frozen=None), batch, state.frozen)
+    program: Any
+
+    def __call__(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, Sums]:
+        after, sums = self.program(dataclasses.replace(state, frozen=None), batch, state.frozen)
         return dataclasses.replace(after, frozen=state.frozen), sums
 
-    return run
+    def lower(self, state: TrainState, batch: PackedBatch) -> Any:
+        """As the jitted function's, of shapes."""
+        return self.program.lower(dataclasses.replace(state, frozen=None), batch, state.frozen)
 
 
 def make_eval_step(loss: Loss, layout: StateLayout) -> EvalStep:
