@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
@@ -153,7 +154,7 @@ def _merged(params: Params, config: DecoderConfig, lora: LoraConfig, folder: Pat
     for module, factors in adapters.sites_of(read_adapter(folder, config, lora)):
         part, name = adapters.SITES[module]
         kernel = layers[part][name]["kernel"]
-        scale = adapters.scales(lora, config.num_layers)
+        scale = np.full(config.num_layers, lora.scaling, np.float32)
         merge = jax.jit(_one_merged, donate_argnums=0, out_shardings=kernel.sharding)
         layers[part][name]["kernel"] = merge(kernel, factors[adapters.A], factors[adapters.B], scale)
     return params
@@ -174,5 +175,5 @@ def read_adapter(folder: Path, config: DecoderConfig, lora: LoraConfig) -> PyTre
                 parent = parent.setdefault(key, {})
             tensors = [name.hf.format(layer=layer) for layer in range(config.num_layers)]
             whole = slice(0, None), slice(0, None)
-            parent[name.path[-1]] = jnp.stack([jnp.asarray(files.read(one, whole), jnp.float32).T for one in tensors])
+            parent[name.path[-1]] = np.stack([files.read(one, whole).astype(np.float32).T for one in tensors])
     return adapter

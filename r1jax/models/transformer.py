@@ -5,6 +5,7 @@
 tokens are looked up in it. The default does nothing.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -24,11 +25,25 @@ from r1jax.models.rope import rotate, rotation
 Constrain = Callable[[str, Any], Any]
 RematPolicy = Literal["none", "full", "attention", "dots"]
 
+
+def _is_costly_product(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Whether an operation is a product without batch dimensions that costs more to do again than to keep.
+
+    An adapter's (x A) B is not: with it kept beside x W, factors in all projections took half as much memory again
+    (SmolLM2's layers on CPU: 309 MiB instead of 206, for 1 % more operations).
+    """
+    if primitive is not jax.lax.dot_general_p:
+        return False
+    (contracted, _), (batched, _) = params["dimension_numbers"]
+    depth = math.prod(avals[0].shape[dim] for dim in contracted)
+    return not batched and 8 * depth > avals[1].size // depth
+
+
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        _is_costly_product,
         jax.checkpoint_policies.save_only_these_names("attention_output"),
     ),
 }

@@ -54,7 +54,7 @@ def estimate_memory(
     width = jnp.dtype(config.model.compute_dtype).itemsize
     whole = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(decoder))) * width // workload.tensor_shards
     held = footprint.bytes_per_device(layout.abstract.params, places.params)
-    reference = held if config.grpo.sync_ref_model else held * width // 4
+    reference = held if config.grpo.sync_ref_model or config.model.adapter else held * width // 4
     estimate = footprint.estimate(
         params=layout.abstract.params,
         param_shardings=places.params,

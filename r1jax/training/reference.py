@@ -26,7 +26,8 @@ class Reference:
         """params: those of the policy that it starts with, which stay as they are; frozen: the rest of that model."""
         self._config = config
         # One that never moves is read in the compute dtype only; a moving one must not lose small moves to rounding.
-        dtype = jnp.float32 if config.sync_ref_model else jnp.dtype(compute_dtype)
+        # An adapter stays as the policy's is: both are then scored by one program.
+        dtype = jnp.float32 if config.sync_ref_model or frozen is not None else jnp.dtype(compute_dtype)
         places = layout.shardings.params
         self.params = join(frozen, jax.jit(_copied, static_argnums=1, out_shardings=places)(params, dtype))
         self._mix = jax.jit(_mixed, static_argnums=2, out_shardings=places, donate_argnums=0)
