@@ -11,8 +11,10 @@ from jax.extend.core import Var
 from rich.table import Table
 
 from r1jax.batch import Layout
+from r1jax.config.lora import LoraConfig
 from r1jax.models.attention import QUERY_BLOCK
 from r1jax.models.config import DecoderConfig
+from r1jax.models.lora import abstract_adapter, join, with_scale
 from r1jax.models.parameters import abstract_params
 from r1jax.models.transformer import RematPolicy, forward
 
@@ -51,7 +53,7 @@ class Footprint:
     """Bytes on the fullest device, by what they are for."""
 
     parameters: int
-    """Master weights; exact."""
+    """Master weights of what is trained; exact."""
     gradients: int
     """Gradients as they are accumulated; exact."""
     optimizer: int
@@ -64,6 +66,8 @@ class Footprint:
     """One chunk of logits with its gradient, and the gradient of the vocabulary projection."""
     workload: Workload
     """What it was worked out for."""
+    frozen: int = 0
+    """LoRA: the weights beside the adapter; exact."""
     reference: int = 0
     """GRPO: the reference's weights; exact."""
     rollouts: int = 0
@@ -73,8 +77,9 @@ class Footprint:
     def parts(self) -> dict[str, int]:
         """Bytes by name, in the order in which they are shown."""
         fields = (field.name for field in dataclasses.fields(self) if field.name != "workload")
-        sampling = () if self.workload.samples else ("reference", "rollouts")
-        return {name.replace("_", " "): getattr(self, name) for name in fields if name not in sampling}
+        absent = {"frozen"} if self.frozen == 0 else set[str]()
+        absent |= set() if self.workload.samples else {"reference", "rollouts"}
+        return {name.replace("_", " "): getattr(self, name) for name in fields if name not in absent}
 
     @property
     def total(self) -> int:
@@ -99,39 +104,47 @@ def estimate(
     optimizer_shardings: Any,
     config: DecoderConfig,
     workload: Workload,
+    lora: LoraConfig | None = None,
+    frozen: int = 0,
     reference: int = 0,
     rollouts: int = 0,
 ) -> Footprint:
     """The footprint of a train step; params and optimizer are abstract trees, gradients have the shape of params.
 
+    lora: params are such an adapter's, beside so many bytes of frozen weights.
+
     With c bytes a compute element, P parameters on the device and t = mesh_tensor:
     compute copies = 2 c P when c < 4 (weights and gradients),
     plus 2 c (layer + embedding) / t when weights are sharded; activations as in activation_bytes;
-    logits = 2 * 4 * chunk * V / t + 4 D V / t.
+    logits = 2 * 4 * chunk * V / t + 4 D V / t. What is frozen has no gradient, which leaves half of the second term and
+    takes off the last one, and is in the compute dtype already.
     """
     parameters = bytes_per_device(params, param_shardings)
     width = jnp.dtype(workload.compute_dtype).itemsize
     vocabulary = config.vocab_size * config.hidden_size
-    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    layer = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params["layers"])) // config.num_layers
+    model = abstract_params(config)
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
+    layer = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model["layers"])) // config.num_layers
     copies = 2 * width * parameters // 4 if width < 4 else 0
-    if parameters * workload.tensor_shards < 4 * total:
-        copies += 2 * width * (layer + vocabulary) // workload.tensor_shards
+    held, whole = (parameters, 4 * total) if lora is None else (frozen, width * total)
+    if held * workload.tensor_shards < whole:
+        copies += (2 if lora is None else 1) * width * (layer + vocabulary) // workload.tensor_shards
     chunk = min(workload.loss_chunk_size, workload.rows * workload.row_length)
     return Footprint(
         parameters=parameters,
         gradients=bytes_per_device(params, gradient_shardings),
         optimizer=bytes_per_device(optimizer, optimizer_shardings),
         compute_copies=copies,
-        activations=activation_bytes(config, workload),
-        logits=(8 * chunk * config.vocab_size + 4 * vocabulary) // workload.tensor_shards,
+        activations=activation_bytes(config, workload, lora),
+        logits=(8 * chunk * config.vocab_size + (4 * vocabulary if lora is None else 0)) // workload.tensor_shards,
         workload=workload,
+        frozen=frozen,
         reference=reference,
         rollouts=rollouts,
     )
 
 
-def activation_bytes(config: DecoderConfig, workload: Workload) -> int:
+def activation_bytes(config: DecoderConfig, workload: Workload, lora: LoraConfig | None = None) -> int:
     """What the backward pass reads of the forward pass, and its working set in one layer.
 
     With c bytes a compute element: residuals of L layers under the remat policy, those of one layer without a policy
@@ -146,27 +159,36 @@ def activation_bytes(config: DecoderConfig, workload: Workload) -> int:
         num_kv_heads=max(1, config.num_kv_heads // shards),
         intermediate_size=config.intermediate_size // shards,
     )
-    one, two = (_residual_bytes(dataclasses.replace(local, num_layers=n), workload, "none") for n in (1, 2))
+    one, two = (_residual_bytes(dataclasses.replace(local, num_layers=n), workload, "none", lora) for n in (1, 2))
     tokens = workload.rows * workload.row_length
     gradients = 3 * jnp.dtype(workload.compute_dtype).itemsize * tokens * local.intermediate_size
     scores = 2 * tokens * local.num_heads * (workload.row_length + min(workload.row_length, QUERY_BLOCK))
-    return _residual_bytes(local, workload, workload.remat) + two - one + gradients + scores
+    return _residual_bytes(local, workload, workload.remat, lora) + two - one + gradients + scores
 
 
-def _residual_bytes(config: DecoderConfig, workload: Workload, remat: RematPolicy) -> int:
+def _residual_bytes(config: DecoderConfig, workload: Workload, remat: RematPolicy, lora: LoraConfig | None) -> int:
     """Bytes that jax's partial evaluation of the forward pass hands to the backward pass, the weights left out.
 
     Read off the trace of the model itself, so that it cannot drift from it; nothing is compiled.
     """
     dtype = jnp.dtype(workload.compute_dtype)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(config))
+    base = abstract_params(config)
+    trained = base if lora is None else abstract_adapter(config, lora)
+    if lora is not None:
+        base = with_scale(base, lora, lambda depth: jax.ShapeDtypeStruct((depth,), dtype))
+    params, base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), (trained, base))
     tokens = jax.ShapeDtypeStruct((workload.rows, workload.row_length), jnp.int32)
 
-    def residuals(params: Any, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> Any:
+    def residuals(params: Any, base: Any, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> Any:
         layout = Layout(segment_ids=segment_ids, positions=positions)
-        return jax.vjp(lambda p: forward(p, tokens, layout, config, dtype=dtype, remat=remat), params)[1]
 
-    jaxpr = jax.make_jaxpr(residuals)(params, tokens, tokens, tokens).jaxpr
+        def hidden(trained: Any) -> jax.Array:
+            model = trained if lora is None else join(base, trained)
+            return forward(model, tokens, layout, config, dtype=dtype, remat=remat)
+
+        return jax.vjp(hidden, params)[1]
+
+    jaxpr = jax.make_jaxpr(residuals)(params, base, tokens, tokens, tokens).jaxpr
     given = set(jaxpr.invars)
     kept: list[Any] = [var.aval for var in set(jaxpr.outvars) - given if isinstance(var, Var)]
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept)
@@ -225,6 +247,10 @@ def _remedies(part: str, work: Workload) -> list[tuple[str, str]]:
             (work.rows > 1, *smaller_batch),
             (work.rows == 1 and not work.samples, "max_length", f"set less than {work.row_length}"),
             (work.rows == 1 and work.samples, "max_completion_length", "lower it"),
+        ],
+        "frozen": [
+            (work.zero_stage < 3, "zero_stage", "set 3 to shard parameters"),
+            (work.compute_dtype == "float32", "bf16", "set true: frozen weights are held in the compute dtype"),
         ],
         "reference": [(True, "beta", "set 0, which needs no reference")],
         "rollouts": [(True, "mesh_tensor", "raise it: weights are whole on each device but for that axis")],

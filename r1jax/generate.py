@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from r1jax import commands, runtime
-from r1jax.checkpoints import hub
+from r1jax.checkpoints import peft
 from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
-from r1jax.checkpoints.hf import load_params, read_config
+from r1jax.checkpoints.hf import read_config
+from r1jax.checkpoints.peft import ModelFolder
 from r1jax.config.errors import at_least, need, require
 from r1jax.config.folders import check_folder
 from r1jax.models.config import DecoderConfig
@@ -56,7 +57,7 @@ SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalt
 class Model(NamedTuple):
     """What a model directory says before its weights are read."""
 
-    directory: Path
+    folder: ModelFolder
     config: DecoderConfig
     tokenizer: Any
     stop_ids: list[int]
@@ -96,7 +97,9 @@ def _generate(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = commands.ArgumentParser("python -m r1jax.generate", "Draws completions for a file of prompts.")
-    parser.add_argument("--model_name_or_path", required=True, help="directory in Hugging Face format, or a hub id")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="model or adapter in Hugging Face format, or a hub id"
+    )
     parser.add_argument("--prompts", required=True, help="JSON lines with `prompt` (text) or `messages`")
     parser.add_argument("--output", required=True, help="JSON lines that get the rows and their generations")
     parser.add_argument("--engine", choices=["jax", "vllm"], default="jax", help="who samples: jax, here (default)")
@@ -150,19 +153,20 @@ def open_model(name_or_path: str) -> Model:
     # Imported here: transformers takes seconds, which a usage error should not wait for.
     from r1jax.data.templates import prepare_tokenizer
 
-    directory = hub.resolve(name_or_path)
-    hf_config = read_config(directory)
+    folder = peft.open_model(name_or_path)
+    hf_config = read_config(folder.weights)
     config = decoder_config(hf_config)
-    tokenizer = prepare_tokenizer(directory)
-    generation = generation_config(read_generation_config(directory), hf_config, tokenizer)
-    return Model(directory, config, tokenizer, stop_ids(generation.get("eos_token_id")))
+    tokenizer = prepare_tokenizer(folder.tokenizer)
+    given = read_generation_config(folder.holding("generation_config.json"))
+    generation = generation_config(given, hf_config, tokenizer)
+    return Model(folder, config, tokenizer, stop_ids(generation.get("eos_token_id")))
 
 
 def load_sampler(model: Model, dtype: str = "float32") -> Sampler:
     """A sampler with the model's weights on the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: device, abstract_params(model.config))
-    params = load_params(model.directory, model.config, shardings, jnp.dtype(dtype))
+    params = model.folder.load(model.config, shardings, jnp.dtype(dtype))
     return Sampler(params=jax.jit(unstack, static_argnames="dtype")(params, dtype), config=model.config)
 
 

@@ -27,6 +27,7 @@ from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.sharding.placement import local_rows, to_devices
 from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
+from r1jax.training.adapting import about_adapter, check_adapter
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
 from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
@@ -35,7 +36,7 @@ from r1jax.training.order import data_order
 from r1jax.training.profiling import profiled
 from r1jax.training.resume import check_start, restore
 from r1jax.training.saving import Keeper
-from r1jax.training.source import Source, first_params, read_source, ready_for
+from r1jax.training.source import Source, first_params, frozen_params, read_source, ready_for
 from r1jax.training.state import StateLayout, TrainState, lay_out, start_state
 from r1jax.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
 
@@ -65,7 +66,10 @@ def run(config: RunConfig) -> None:
     mesh = make_mesh(config.mesh)
     splits = load_splits(config)
     source = ready_for(config, source, [split.row_format for split in splits.values()])
-    layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
+    adapter = config.model.adapter
+    layout = lay_out(
+        source.decoder, config.optimizer, mesh, config.mesh.zero_stage, adapter, config.model.compute_dtype
+    )
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
     order = data_order(config, data_shards(mesh), train.plan.fingerprint_at)
     with opened(config, source) as opening:
@@ -73,13 +77,19 @@ def run(config: RunConfig) -> None:
             check_start(opening.start, layout, order)
         # 2. The estimate comes before the compiler has its say.
         estimate = estimate_memory(config, source.decoder, layout, train.plan.longest_row)
-        # 3. The state: resumed, or the pretrained weights, or fresh ones.
+        # 3. The state: resumed, or the pretrained weights, or fresh ones; with LoRA an adapter beside them.
+        frozen = frozen_params(config, source, layout)
+        about = about_adapter(config, source.decoder, frozen)
         if opening.start is not None:
+            check_adapter(opening.start.metadata, about)
             state = restore(opening.start, opening.checkpoints, layout, order)
         else:
             state = start_state(first_params(config, source, layout), config.optimizer, layout)
+        state = dataclasses.replace(state, frozen=frozen)
         # 4. Training, then the model as others read it.
-        keeper = begin_writing(config, source, layout, opening, plan=train.plan, order=order, report=nll_metrics)
+        keeper = begin_writing(
+            config, source, layout, opening, plan=train.plan, order=order, report=nll_metrics, adapter=about
+        )
         with contextlib.closing(keeper.recorder), out_of_memory_named(estimate):
             state, done = train_model(config, source, layout, train, held_out, state, keeper)
             if done == train.plan.num_steps:
@@ -151,7 +161,8 @@ def device_batches(rows: Rows, layout: StateLayout, weigh: Weigh, start: int) ->
 
 def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps: int) -> tuple[TrainStep, EvalStep]:
     """(an update, an evaluation batch) as the recipe asks for them."""
-    noise = config.objective.neftune_noise_alpha or 0.0
+    noise, lora = config.objective.neftune_noise_alpha or 0.0, config.model.adapter
+    dropout = lora.lora_dropout if lora else 0.0
     loss = make_nll(
         source.decoder,
         dtype=config.model.compute_dtype,
@@ -161,9 +172,10 @@ def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps
         mesh=layout.mesh,
         by_probability=config.objective.loss_type == "dft",
         neftune_noise_alpha=noise,
+        adapter_dropout=dropout,
     )
     schedule = make_schedule(config.optimizer, num_steps)
-    seed = config.run.seed if noise else None
+    seed = config.run.seed if noise or dropout else None
     return make_train_step(loss, config.optimizer, schedule, layout, seed=seed), make_eval_step(loss, layout)
 
 
@@ -185,13 +197,13 @@ def train_model(
         for index, batch in device_batches(train, layout, token_mean, int(state.step)):
             rows = plan.step(index)
             lengths = [int(plan.lengths[sequence]) for row in rows.rows for sequence in row]
-            per_token = train_flops_per_token(source.decoder, mean_visible_keys(lengths))
+            per_token = train_flops_per_token(source.decoder, mean_visible_keys(lengths), config.model.adapter)
             yield loop.StepInput(step=index, batch=batch, num_tokens=rows.num_tokens, flops=per_token * rows.num_tokens)
 
     def measure(state: TrainState) -> dict[str, float]:
         assert held_out is not None
         batches = (batch for _, batch in device_batches(held_out, layout, token_sum, 0))
-        return keeper.measured(int(state.step), evaluate(state.params, batches, eval_step))
+        return keeper.measured(int(state.step), evaluate(state.model, batches, eval_step))
 
     if config.reporting.eval_on_start and held_out is not None and int(state.step) == 0:
         keeper.recorder.emit(0, measure(state))

@@ -8,8 +8,10 @@ from rich.console import Console
 
 from r1jax import footprint
 from r1jax.batch import Layout
+from r1jax.config.lora import LoraConfig
 from r1jax.footprint import GIB, Footprint, Workload
 from r1jax.models.config import DecoderConfig
+from r1jax.models.lora import abstract_adapter, join, with_scale
 from r1jax.models.parameters import abstract_params
 from r1jax.models.transformer import forward
 
@@ -183,3 +185,56 @@ def test_what_only_sampling_takes_is_shown_where_there_is_sampling():
     assert not {"reference", "rollouts"} & footprint_of("logits").parts.keys()
     parts = footprint_of("reference", samples=True).parts
     assert (parts["reference"], parts["rollouts"]) == (3 * GIB, 0)
+
+
+def adapter_estimate(mesh: Mesh, dtype: str = "float32") -> Footprint:
+    """As training/memory.py asks for it, at ZeRO stage 0."""
+    params = abstract_adapter(CONFIG, LORA)
+    shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), params)
+    return footprint.estimate(
+        params=params,
+        param_shardings=shardings,
+        gradient_shardings=shardings,
+        optimizer={"mu": params, "nu": params},
+        optimizer_shardings={"mu": shardings, "nu": shardings},
+        config=CONFIG,
+        workload=dataclasses.replace(WORK, compute_dtype=dtype),
+        lora=LORA,
+        frozen=NUM_PARAMETERS * jnp.dtype(dtype).itemsize,
+    )
+
+
+LORA = LoraConfig(use_peft=True, lora_r=8)
+# q: 64 -> 64 and v: 64 -> 32, at rank 8, in six layers
+ADAPTER = 6 * 8 * (64 + 64 + 64 + 32)
+
+
+def test_an_adapter_has_gradients_and_moments_and_the_weights_beside_it_have_neither(mesh: Mesh) -> None:
+    found, full = adapter_estimate(mesh), estimate(mesh, PartitionSpec())
+    assert (found.parameters, found.gradients, found.optimizer) == (4 * ADAPTER, 4 * ADAPTER, 8 * ADAPTER)
+    assert (found.frozen, full.frozen) == (4 * NUM_PARAMETERS, 0)
+    assert found.parts["frozen"] == found.frozen and "frozen" not in full.parts
+    # No gradient of the vocabulary's projection.
+    assert full.logits - found.logits == 4 * 256 * 64
+    assert found.total < full.total - 12 * NUM_PARAMETERS + 16 * ADAPTER + full.activations // 2
+
+
+def test_in_bfloat16_the_weights_beside_an_adapter_are_not_copied(mesh: Mesh) -> None:
+    found = adapter_estimate(mesh, "bfloat16")
+    assert (found.frozen, found.compute_copies) == (2 * NUM_PARAMETERS, 2 * 2 * ADAPTER)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_activations_beside_an_adapter_are_near_the_compilers(remat: str) -> None:
+    """What XLA holds for the backward pass of an adapter's loss, beside the estimate."""
+    work = dataclasses.replace(WORK, remat=remat)
+    base = with_scale(abstract_params(CONFIG), LORA, lambda depth: jax.ShapeDtypeStruct((depth,), jnp.float32))
+    tokens = jax.ShapeDtypeStruct((work.rows, work.row_length), jnp.int32)
+
+    def loss(adapter, base, tokens):
+        layout = Layout(segment_ids=tokens, positions=tokens)
+        return forward(join(base, adapter), tokens, layout, CONFIG, remat=remat).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(abstract_adapter(CONFIG, LORA), base, tokens).compile()
+    estimated = footprint.activation_bytes(CONFIG, work, LORA)
+    assert 0.5 * estimated < compiled.memory_analysis().temp_size_in_bytes < 1.3 * estimated

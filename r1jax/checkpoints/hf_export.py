@@ -4,34 +4,23 @@ Weights go out tensor by tensor: each is gathered from its shards, cast on the d
 its file; the model is whole on no device and no host. All files are complete on disk before the first one is replaced.
 """
 
-import json
 import math
-import os
-import re
-import shutil
-import stat
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, PyTree
-from safetensors.numpy import save_file
 
-from r1jax import progress
 from r1jax.checkpoints.generation import generation_config as with_stop_ids
 from r1jax.checkpoints.hf import config_dtype, with_dtype
 from r1jax.checkpoints.model_card import Card, card_text
+from r1jax.checkpoints.staging import staged, write_json, write_tensors, write_text
 from r1jax.checkpoints.tensor_files import INDEX_FILE, SINGLE_FILE
 from r1jax.config.errors import need, shown
 from r1jax.models.config import DecoderConfig
-from r1jax.models.hf_tensors import HfTensor, gather, hf_tensors
+from r1jax.models.hf_tensors import HfTensor, hf_tensors
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
-# Within the directory, so that moving a file out of it is one rename on one file system.
-_STAGING = ".export-incomplete"
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def export(
@@ -55,24 +44,16 @@ def export(
     """
     dtype = export_dtype(dtype, hf_config)
     shards = _plan(params, config, np.dtype(dtype), max_shard_bytes)
-    writes = jax.process_index() == 0
-    staging = directory / _STAGING
-    if writes:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        _write_text(staging / "config.json", _json(with_dtype(hf_config, dtype)))
-        _write_text(staging / "README.md", card_text(card or {}))
-        if generation_config is not None or tokenizer is not None:
-            settings = with_stop_ids(generation_config or {}, hf_config, tokenizer)
-            _write_text(staging / "generation_config.json", _json(settings))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-    _write_weights(staging, shards, dtype, writes)
-    if writes:
-        _sync_files(staging)
-        _replace(directory, staging)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("r1jax-export")
+    with staged(directory, "config.json") as (staging, writes):
+        if writes:
+            write_json(staging / "config.json", with_dtype(hf_config, dtype))
+            write_text(staging / "README.md", card_text(card or {}))
+            if generation_config is not None or tokenizer is not None:
+                settings = with_stop_ids(generation_config or {}, hf_config, tokenizer)
+                write_json(staging / "generation_config.json", settings)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+        _write_weights(staging, shards, dtype, writes)
     return dtype
 
 
@@ -107,54 +88,8 @@ def _write_weights(staging: Path, shards: list[list[HfTensor]], dtype: str, writ
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        gathered: dict[str, np.ndarray] = {}
-        for tensor in shard:
-            progress.report("export")
-            whole = gather(tensor, dtype)
-            if writes:
-                gathered[tensor.name] = np.ascontiguousarray(whole)
-            weight_map[tensor.name] = file
-        if writes:
-            # transformers reads a file only when it says which framework's layout it has.
-            save_file(gathered, staging / file, metadata={"format": "pt"})
-            # safetensors makes its files readable by their owner alone; the user's umask decides here as elsewhere.
-            (staging / file).chmod(stat.S_IMODE((staging / "config.json").stat().st_mode))
+        write_tensors(staging / file, shard, dtype, writes=writes, mode_of=staging / "config.json")
+        weight_map |= {tensor.name: file for tensor in shard}
     if writes and len(shards) > 1:
         total = sum(_num_bytes(tensor, np.dtype(dtype)) for shard in shards for tensor in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_text(staging / INDEX_FILE, _json(index))
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _sync_files(folder: Path) -> None:
-    """Returns when the folder and its files are on disk and not only in the cache: a rename could overtake them."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _replace(directory: Path, staging: Path) -> None:
-    """Moves the staged files in, removes weights of an earlier export that the new one has not, config.json last."""
-    new = {path.name for path in staging.iterdir()}
-    (directory / "config.json").unlink(missing_ok=True)
-    for name in sorted(new - {"config.json"}):
-        # A rename replaces a file, not a folder (a tokenizer with several chat templates has one).
-        if (directory / name).is_dir():
-            shutil.rmtree(directory / name)
-        os.replace(staging / name, directory / name)
-    for path in list(directory.iterdir()):
-        if _WEIGHTS.fullmatch(path.name) and path.name not in new:
-            path.unlink()
-    os.replace(staging / "config.json", directory / "config.json")
-    staging.rmdir()
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        write_json(staging / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

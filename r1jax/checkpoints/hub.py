@@ -9,7 +9,15 @@ from pathlib import Path
 from r1jax.config.errors import UserError, need
 
 # Weights as safetensors, every json, and what tokenizers of the three families are made of: no .bin, .gguf or .onnx.
-WANTED_FILES = ["*.json", "model*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
+WANTED_FILES = [
+    "*.json",
+    "model*.safetensors",
+    "adapter_model.safetensors",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+]
 # Repositories keep other formats of the same model in folders (original/, onnx/).
 UNWANTED_FILES = ["*/*"]
 
@@ -25,8 +33,9 @@ def resolve(name_or_path: str, revision: str = "main", *, field: str = "model_na
     """The local directory with the model's files; a hub id is fetched into the hub's cache if it is not there yet.
 
     `field` is the key that the user wrote, for the message. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN count as everywhere.
-    Raises `UserError` for a directory without config.json and for a repository that is missing, gated, without that
-    revision, out of reach or, offline, not in the cache. Every process may call it: the cache has locks.
+    Raises `UserError` for a directory without config.json (or adapter_config.json, as an adapter's has) and for a
+    repository that is missing, gated, without that revision, out of reach or, offline, not in the cache. Every process
+    may call it: the cache has locks.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -40,7 +49,7 @@ def resolve(name_or_path: str, revision: str = "main", *, field: str = "model_na
 
 
 def _checked(directory: Path, name: str, field: str) -> Path:
-    if (directory / "config.json").is_file():
+    if any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
         return directory
     advice = "give the directory of a model in Hugging Face format"
     if (directory / "checkpoints").is_dir():

@@ -27,6 +27,8 @@ class Card(TypedDict, total=False):
     """Name as in metrics.jsonl -> last value."""
     versions: dict[str, str]
     """Package -> version."""
+    adapter: bool
+    """Whether it is an adapter to base_model."""
 
 
 _TASKS = {"sft": "supervised fine-tuning", "grpo": "group relative policy optimization (GRPO)"}
@@ -37,6 +39,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{path}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{path}")
 ```"""
+_LOADING_ADAPTER = """\
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+```
+
+`python -m r1jax.convert {path} MERGED --to hf` makes one model of it and the weights that it was trained beside."""
 
 
 def card_text(card: Card) -> str:
@@ -47,7 +59,8 @@ def card_text(card: Card) -> str:
         parts += ["## Hyperparameters", _table("key", hyperparameters)]
     if metrics := card.get("metrics"):
         parts += ["## Results at the end", _table("metric", {key: f"{value:.4g}" for key, value in metrics.items()})]
-    parts += ["## Use", _LOADING.format(path=card.get("name", "PATH"))]
+    loading = _LOADING_ADAPTER if card.get("adapter") else _LOADING
+    parts += ["## Use", loading.format(path=card.get("name", "PATH"))]
     if versions := card.get("versions"):
         parts += ["## Versions", ", ".join(f"{package} {version}" for package, version in versions.items())]
     return "\n\n".join(parts) + "\n"
@@ -55,7 +68,8 @@ def card_text(card: Card) -> str:
 
 def _front_matter(card: Card) -> dict[str, Any]:
     """The hub's metadata; it refuses a base_model or dataset that is a path."""
-    matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library = "peft" if card.get("adapter") else "transformers"
+    matter: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     matter["tags"] = ["r1jax", *([card["task"]] if "task" in card else [])]
     if _could_be_hub_id(card.get("base_model", "")):
         matter["base_model"] = card.get("base_model")

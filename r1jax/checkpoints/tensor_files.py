@@ -31,15 +31,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(directory: Path) -> dict[str, list[str]]:
+def weight_files(directory: Path, single: str = SINGLE_FILE) -> dict[str, list[str]]:
     """The names of the safetensors files, each with the tensors its index promises (none said for a single file).
 
     A single file goes before an index, as in transformers. Empty when the directory has no weights in safetensors.
     """
-    if (directory / SINGLE_FILE).is_file():
-        return {SINGLE_FILE: []}
+    if (directory / single).is_file():
+        return {single: []}
     files: dict[str, list[str]] = {}
-    if (directory / INDEX_FILE).is_file():
+    if single == SINGLE_FILE and (directory / INDEX_FILE).is_file():
         for tensor, file in read_json(directory / INDEX_FILE).get("weight_map", {}).items():
             files.setdefault(file, []).append(tensor)
     return files
@@ -51,17 +51,20 @@ class TensorFiles:
     Files are memory-mapped and a read copies the slice alone [measured: 8192 x 76 of a bf16 matrix allocates 1.2 MiB].
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Raises `UserError` when there are no safetensors, or one is missing, cut off or lacks a promised tensor."""
+    def __init__(self, directory: Path, single: str = SINGLE_FILE) -> None:
+        """single: the file's name where there is one.
+
+        Raises `UserError` when there are no safetensors, or one is missing, cut off or lacks a promised tensor.
+        """
         self.directory = directory
         self.bytes_read = 0
         self._handles: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
-        files = weight_files(directory)
+        files = weight_files(directory, single)
         if not files:
             others = sorted(path.name for pattern in ("*.bin", "*.gguf") for path in directory.glob(pattern))
             got = f"only {', '.join(others)}" if others else "no weights"
-            rule = f"{SINGLE_FILE} or {INDEX_FILE} in {directory}"
+            rule = f"{f'{single} or {INDEX_FILE}' if single == SINGLE_FILE else single} in {directory}"
             raise need("model_name_or_path", rule, got, "save the model with transformers' save_pretrained")
         with contextlib.ExitStack() as opening:
             for file, promised in files.items():

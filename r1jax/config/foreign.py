@@ -44,6 +44,9 @@ FOREIGN: dict[str, str] = {
     "torch_compile": "every step is compiled by XLA",
     "use_cache": "training keeps no key/value cache; the exported config has it on",
     "disable_dropout": "the models have no dropout",
+    "lora_task_type": "the models are causal language models",
+    "bnb_4bit_quant_type": "load_in_4bit alone reads it",
+    "use_bnb_nested_quant": "load_in_4bit alone reads it",
     "trust_remote_code": "no code is ever loaded from a model's or dataset's repository",
 }
 
@@ -55,7 +58,9 @@ FOREIGN_FOR_SFT: dict[str, str] = {
 }
 
 NOT_BUILT: dict[str, str] = {
-    "use_peft": "train all parameters",
+    "use_dora": "use LoRA: use_peft without it",
+    "lora_modules_to_save": "train all parameters to train embeddings or lm_head",
+    "lora_target_parameters": "name modules in lora_target_modules",
     "load_in_4bit": "use bf16 and zero_stage 3 to save memory",
     "load_in_8bit": "use bf16 and zero_stage 3 to save memory",
     "auto_find_batch_size": "set per_device_train_batch_size",

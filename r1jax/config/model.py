@@ -1,9 +1,10 @@
 """The policy: which weights and tokenizer, in which number formats, and what is recomputed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from r1jax.config.errors import at_least, require
+from r1jax.config.lora import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,19 @@ class ModelConfig:
     random_init: bool = False
     """Fresh weights from the model's config.json instead of its saved ones."""
 
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
+
     def __post_init__(self) -> None:
         name = self.model_name_or_path
         require(bool(name.strip()), "model_name_or_path", "a local folder or a hub id", name, "name a model")
         require(not self.fp16, "fp16", "false", self.fp16, "use bf16")
         at_least("loss_chunk_size", self.loss_chunk_size, 1, "remove the key to let r1jax choose")
+
+    @property
+    def adapter(self) -> LoraConfig | None:
+        """The adapter that is trained; None where all parameters are."""
+        return self.lora if self.lora.use_peft else None
 
     @property
     def compute_dtype(self) -> Literal["float32", "bfloat16"]:

@@ -35,6 +35,8 @@ def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
         return "warmup_steps is positive and decides the warm-up"
     if name == "packing_strategy" and not (chosen["packing"] or chosen["eval_packing"]):
         return "packing is false"
+    if schema.keys()[name].group == "model.lora" and not chosen["use_peft"]:
+        return "use_peft is false"
     if name == "remat_policy" and not chosen["gradient_checkpointing"]:
         return "gradient_checkpointing is false"
     if name in ("save_steps", "eval_steps", "logging_steps"):

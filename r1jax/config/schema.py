@@ -81,6 +81,8 @@ class RunConfig:
         self._check_evaluation()
         check_best(self.checkpoint, self.reporting, self.run.task)
         self.objective.check(self.run.task)
+        sync = self.grpo.sync_ref_model
+        self.model.lora.check(task=self.run.task, random_init=self.model.random_init, sync_ref_model=sync)
         if self.run.task == "grpo":
             check_generation_batch(self.batch, self.sampling, self.mesh.data_shards)
             corrects = make_correction(self.grpo.correction, same_policy=self.samples_itself).mode is not None
@@ -131,8 +133,8 @@ SFT_ONLY = frozenset(
     }
 )
 
-# Where the two trainers' defaults differ in TRL; the dataclass has the sft one.
-GRPO_DEFAULTS: Mapping[str, object] = {"learning_rate": 1e-6, "loss_type": "bnpo"}
+# Where the two trainers' defaults differ in TRL; the dataclass has the sft one. (TRL's lora_dropout does not.)
+GRPO_DEFAULTS: Mapping[str, object] = {"learning_rate": 1e-6, "loss_type": "bnpo", "lora_dropout": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)

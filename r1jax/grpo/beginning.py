@@ -55,19 +55,29 @@ class Beside:
 
 
 def begin(
-    config: RunConfig, source: Source, layout: StateLayout, task: Task, order: DataOrder, opening: Opening
+    config: RunConfig,
+    source: Source,
+    layout: StateLayout,
+    task: Task,
+    order: DataOrder,
+    opening: Opening,
+    frozen: Any = None,
 ) -> tuple[TrainState, Beside, tuple[dict[int, Any], Carried]]:
     """(the state, what goes beside it, what a checkpoint has kept: batches for its next steps, and what its generations
-    have handed on)."""
+    have handed on).
+
+    frozen: with LoRA what of the model is not trained.
+    """
     start, reference, params = opening.start, None, None
     if start is None or config.grpo.reference.beta:
         params = first_params(config, source, layout)
     if config.grpo.reference.beta:
-        reference = Reference(params, config.grpo.reference, layout, config.model.compute_dtype)
+        reference = Reference(params, config.grpo.reference, layout, config.model.compute_dtype, frozen)
     bonus = EntropyBonus(config.grpo.entropy, layout) if config.grpo.entropy.has_bonus else None
     beside, fresh = Beside(reference=reference, bonus=bonus), Carried(rates=task.pass_rates)
     if start is None:
-        return start_state(params, config.optimizer, layout), beside, ({}, fresh)
+        state = start_state(params, config.optimizer, layout)
+        return dataclasses.replace(state, frozen=frozen), beside, ({}, fresh)
     del params
     wanted = {
         **beside.abstract(),
@@ -79,4 +89,5 @@ def begin(
         part.take(trees)
     size = config.grpo.selection.replay_buffer_size
     carried = carried_storage.restored(trees, start.metadata, fresh, task.reward_names, size)
+    state = dataclasses.replace(state, frozen=frozen)
     return state, beside, (storage.restored(trees, start.metadata, task.geometry, layout.batch), carried)

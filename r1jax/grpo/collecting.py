@@ -116,6 +116,6 @@ def evaluate_policy(config: RunConfig, task: Task, collector: Collector, now: Tr
         step=EVALUATION + done,
         log_of={"global_step": done, "max_steps": task.plan.num_steps},
     )
-    experience = collector.collect(request, now.params, done)
+    experience = collector.collect(request, now.model, done)
     metrics = {f"eval_{name}": value for name, value in experience_metrics(experience).items()}
     return {**metrics, "eval_runtime": time.perf_counter() - started}

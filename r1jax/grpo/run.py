@@ -24,13 +24,14 @@ from r1jax.rollout import journal
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
+from r1jax.training.adapting import about_adapter, check_adapter
 from r1jax.training.cadence import make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named
 from r1jax.training.opening import begin_writing, opened
 from r1jax.training.order import data_order
 from r1jax.training.profiling import profiled
 from r1jax.training.saving import Keeper
-from r1jax.training.source import Source, read_source
+from r1jax.training.source import Source, frozen_params, read_source
 from r1jax.training.state import StateLayout, TrainState, lay_out
 
 
@@ -44,7 +45,10 @@ def run(config: RunConfig) -> None:
     limit = source.decoder.max_position_embeddings
     task = read_task(config, source.tokenizer, limit, data_shards(mesh))
     order = data_order(config, data_shards(mesh), task.fingerprint_at, task.plan.num_completions)
-    layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
+    adapter = config.model.adapter
+    layout = lay_out(
+        source.decoder, config.optimizer, mesh, config.mesh.zero_stage, adapter, config.model.compute_dtype
+    )
     with opened(config, source) as opening:
         if opening.start is not None:
             order.check(opening.start.metadata)
@@ -61,9 +65,15 @@ def run(config: RunConfig) -> None:
                 cache_bytes=cache_bytes(config, source, layout, task),
             )
             # 3. The policy, what it is held near, and what a checkpoint has kept of its experience.
-            state, beside, (kept, carried) = begin(config, source, layout, task, order, opening)
+            frozen = frozen_params(config, source, layout)
+            about = about_adapter(config, source.decoder, frozen)
+            if opening.start is not None:
+                check_adapter(opening.start.metadata, about)
+            state, beside, (kept, carried) = begin(config, source, layout, task, order, opening, frozen)
             # 4. Training, then the model as others read it.
-            keeper = begin_writing(config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics)
+            keeper = begin_writing(
+                config, source, layout, opening, plan=task.plan, order=order, report=policy_metrics, adapter=about
+            )
             with (
                 contextlib.closing(keeper.recorder),
                 out_of_memory_named(estimate),
@@ -118,13 +128,14 @@ def train_policy(
         for index in range(int(state.step), plan.num_steps):
             if beside.reference is not None:
                 beside.reference.follow(index, now().params)
-            ready, metrics = generations.ready(index, now().params)
+            ready, metrics = generations.ready(index, now().model)
             tokens = sum(ready.lengths)
             yield loop.StepInput(
                 step=index,
                 batch=ready.batch,
                 num_tokens=tokens,
-                flops=tokens * train_flops_per_token(source.decoder, mean_visible_keys(ready.lengths)),
+                flops=tokens
+                * train_flops_per_token(source.decoder, mean_visible_keys(ready.lengths), config.model.adapter),
                 metrics={**metrics, "packing_efficiency": ready.efficiency},
             )
 

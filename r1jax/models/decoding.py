@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from r1jax.batch import Layout
 from r1jax.models.attention import attend, cached_attention
 from r1jax.models.config import DecoderConfig
+from r1jax.models.lora import merge
 from r1jax.models.parameters import Params
 from r1jax.models.rope import rotation
 from r1jax.models.transformer import heads_of, linear, logits, mlp, rms_norm
@@ -29,11 +30,17 @@ Cache = list[tuple[Array, Array]]
 
 
 def unstack(params: Params, dtype: DTypeLike = jnp.float32) -> DecodeParams:
-    """The parameters as generation reads them: cast to dtype, a list of layers; jit it to do all in one program."""
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    num_layers = jax.tree.leaves(cast["layers"])[0].shape[0]
-    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], cast["layers"]) for i in range(num_layers)]
-    return {**cast, "layers": layers}
+    """The parameters as generation reads them: cast to dtype, a list of layers; jit it to do all in one program.
+
+    An adapter is merged into its kernels, a layer at a time.
+    """
+
+    def cast(tree: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = [cast(merge(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]))) for i in range(num_layers)]
+    return {**cast({name: leaf for name, leaf in params.items() if name != "layers"}), "layers": layers}
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:

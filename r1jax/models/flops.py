@@ -8,7 +8,9 @@ of a score block) counts once, so that a slower setting never looks like a bette
 import re
 from collections.abc import Iterable
 
+from r1jax.config.lora import LoraConfig
 from r1jax.models.config import DecoderConfig
+from r1jax.models.lora import num_parameters
 
 # Dense bf16 with fp32 accumulation, per device as jax counts devices, from the makers' public datasheets: NVIDIA's
 # (H100, H200, A100, L4; half the figure "with sparsity") and Google's pages on each Cloud TPU version. The first name
@@ -58,13 +60,15 @@ def forward_flops_per_token(config: DecoderConfig, mean_visible: float) -> float
     return 2.0 * matmul_parameters(config) + per_key * mean_visible
 
 
-def train_flops_per_token(config: DecoderConfig, mean_visible: float) -> float:
+def train_flops_per_token(config: DecoderConfig, mean_visible: float, lora: LoraConfig | None = None) -> float:
     """6 x `matmul_parameters` + 12 x L x N x H x mean_visible: backward is two products for each of forward's.
 
     `mean_visible` comes from `mean_visible_keys`, so it is halved for causality already; recomputation by
-    gradient_checkpointing is not counted.
+    gradient_checkpointing is not counted. With an adapter the kernels are frozen and have no gradient, which leaves 4 x
+    `matmul_parameters` and adds 6 x the adapter's; that the first layer needs none of its input is not taken off.
     """
-    return 3.0 * forward_flops_per_token(config, mean_visible)
+    whole = 3.0 * forward_flops_per_token(config, mean_visible)
+    return whole if lora is None else whole - 2.0 * matmul_parameters(config) + 6.0 * num_parameters(config, lora)
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from r1jax.models.config import DecoderConfig
 from r1jax.models.families import TensorName, tensor_names
+from r1jax.models.lora import SCALE, Adapted, adapted
 
 
 class HfTensor(NamedTuple):
@@ -18,7 +19,7 @@ class HfTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     leaf: Any
-    """Our leaf, an array or what `jax.eval_shape` gives for one."""
+    """Our leaf, an array or what `jax.eval_shape` gives for one; a kernel with an adapter beside it is one leaf."""
     layer: int | None
     """Its place in a stacked leaf; None when the leaf is the tensor."""
     transpose: bool
@@ -43,11 +44,18 @@ def tensors_of(name: TensorName, leaf: Any) -> Iterator[HfTensor]:
 def hf_tensors(params: PyTree, config: DecoderConfig) -> Iterator[HfTensor]:
     """Every tensor of the model, in the model's order; a tied model has no lm_head."""
     for name in tensor_names(config):
-        yield from tensors_of(name, leaf_at(params, name.path))
+        yield from tensors_of(name, _whole_leaf(params, name.path))
+
+
+def _whole_leaf(params: PyTree, path: tuple[str, ...]) -> Any:
+    """The leaf there, with the adapter that is beside it."""
+    node = leaf_at(params, path[:-1])
+    return adapted(node) if path[-1] == "kernel" and SCALE in node else node[path[-1]]
 
 
 def gather(tensor: HfTensor, dtype: str) -> jax.Array:
-    """The tensor, whole on each device: one tensor at a time, already in the dtype. Every process must call it."""
+    """The tensor, whole on each device: one tensor at a time, an adapter merged in, already in the dtype. Every process
+    must call it."""
     sharding = tensor.leaf.sharding
     as_it_is = tensor.layer is None and not tensor.transpose and tensor.leaf.dtype == dtype
     if as_it_is and sharding.is_fully_replicated:
@@ -61,9 +69,12 @@ def gather(tensor: HfTensor, dtype: str) -> jax.Array:
 @functools.cache
 def _picker(
     sharding: jax.sharding.Sharding, stacked: bool, transpose: bool, dtype: str
-) -> Callable[[jax.Array, np.int32], jax.Array]:
-    def pick(leaf: jax.Array, layer: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
+) -> Callable[[Any, np.int32], jax.Array]:
+    def pick(leaf: Any, layer: jax.Array) -> jax.Array:
+        own = leaf
+        if stacked:
+            own = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), leaf)
+        own = own.merged() if isinstance(own, Adapted) else own
         return (own.T if transpose else own).astype(dtype)
 
     return jax.jit(pick, out_shardings=sharding)

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -36,11 +37,12 @@ def make_nll(
     mesh: Mesh | None = None,
     by_probability: bool = False,
     neftune_noise_alpha: float = 0.0,
+    adapter_dropout: float = 0.0,
 ) -> Loss:
     """The weighted negative log-likelihood, sum over tokens of loss_weight * -log p(token | its document so far).
 
     by_probability: times p, taken as a constant (`loss_type: dft`). neftune_noise_alpha: noise on the embeddings where
-    nll gets a key, which evaluation does not give it.
+    nll gets a key, which evaluation does not give it; adapter_dropout: likewise, of what an adapter sees.
     sums: correct_tokens (trained tokens that were a most likely one) and loss_tokens (trained tokens), float32.
     """
     size = chunk or default_chunk(config.vocab_size)
@@ -62,6 +64,7 @@ def make_nll(
             remat=remat,
             constrain=constrain,
             perturb=perturb,
+            dropout=None if key is None or adapter_dropout == 0 else (adapter_dropout, jax.random.fold_in(key, 1)),
         )
         # Padding's log-probabilities are finite but meaningless; its weight is 0.
         weights = shifted(batch.loss_weight)

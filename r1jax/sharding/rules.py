@@ -29,6 +29,9 @@ TENSOR_DIMS = {
     "q/kernel": -1, "q/bias": -1, "k/kernel": -1, "k/bias": -1, "v/kernel": -1, "v/bias": -1, "o/kernel": -2,
     "gate/kernel": -1, "gate/bias": -1, "up/kernel": -1, "up/bias": -1, "down/kernel": -2,
     "embed/embedding": -2, "lm_head/kernel": -1,
+    # An adapter's factors follow the side of the kernel that is split; the rank never is.
+    "q/lora_b": -1, "k/lora_b": -1, "v/lora_b": -1, "gate/lora_b": -1, "up/lora_b": -1,
+    "o/lora_a": -2, "down/lora_a": -2,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from r1jax import footprint
 from r1jax.config.errors import RunFailure
 from r1jax.config.schema import RunConfig
 from r1jax.models.config import DecoderConfig
+from r1jax.models.parameters import abstract_params
 from r1jax.models.transformer import RematPolicy
 from r1jax.objectives.vocabulary import default_chunk
 from r1jax.sharding.mesh import data_shards
@@ -51,17 +52,19 @@ def estimate_memory(
     )
     places = layout.shardings
     width = jnp.dtype(config.model.compute_dtype).itemsize
-    whole = sum(leaf.size for leaf in jax.tree.leaves(layout.abstract.params)) * width // workload.tensor_shards
+    whole = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(decoder))) * width // workload.tensor_shards
     held = footprint.bytes_per_device(layout.abstract.params, places.params)
-    reference = held if config.grpo.reference.sync_ref_model else held * width // 4
+    reference = held if config.grpo.reference.sync_ref_model or config.model.adapter else held * width // 4
     estimate = footprint.estimate(
         params=layout.abstract.params,
         param_shardings=places.params,
-        gradient_shardings=shardings(layout.mesh, layout.specs.gradients),
+        gradient_shardings=shardings(layout.mesh, layout.trained.gradients),
         optimizer=layout.abstract.optimizer,
         optimizer_shardings=places.optimizer,
         config=decoder,
         workload=workload,
+        lora=config.model.adapter,
+        frozen=footprint.bytes_per_device(layout.frozen, layout.frozen_shardings),
         reference=reference if samples and config.grpo.reference.beta else 0,
         rollouts=whole + cache_bytes if samples else 0,
     )

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig
@@ -47,10 +48,12 @@ def begin_writing(
     plan: StepPlan,
     order: DataOrder,
     report: Report,
+    adapter: Mapping[str, Any] | None = None,
 ) -> Keeper:
     """What keeps the run's results from now on; config.yaml is written and metrics are cut back to the start.
 
-    report: how a task's sums become metrics. The keeper's recorder is the caller's to close.
+    report: how a task's sums become metrics. adapter: what checkpoints say of one. The keeper's recorder is the
+    caller's to close.
     """
     write_config(config)
     opening.publisher.start()
@@ -63,4 +66,5 @@ def begin_writing(
         order=order,
         best=best_so_far(config, opening.start, opening.checkpoints),
         publisher=opening.publisher,
+        adapter=adapter or {},
     )

@@ -146,4 +146,6 @@ def data_order(
 def _held_by(config: RunConfig) -> str | None:
     if config.run.task == "grpo":
         return "as loss_type: bnpo averages over each" if config.objective.loss_type == "bnpo" else None
+    if config.model.adapter is not None and config.model.adapter.lora_dropout:
+        return "as lora_dropout draws what is dropped for each"
     return "as neftune_noise_alpha draws noise for each" if config.objective.neftune_noise_alpha else None

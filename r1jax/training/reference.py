@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.config.reference import ReferenceConfig
+from r1jax.models.lora import join
 from r1jax.training.state import StateLayout
 
 NAME = "reference"
@@ -14,15 +15,22 @@ NAME = "reference"
 
 
 class Reference:
-    """Parameters laid out as the policy's; `params` changes only with `sync_ref_model`."""
+    """A model laid out as the policy's; `params` changes only with `sync_ref_model`.
 
-    def __init__(self, params: Any, config: ReferenceConfig, layout: StateLayout, compute_dtype: str) -> None:
-        """params: the starting model's, which stay as they are."""
+
+    With LoRA it is the frozen weights, the policy's own arrays, beside the adapter as it started, which adds nothing.
+    """
+
+    def __init__(
+        self, params: Any, config: ReferenceConfig, layout: StateLayout, compute_dtype: str, frozen: Any = None
+    ) -> None:
+        """params: those of the policy that it starts with, which stay as they are; frozen: the rest of that model."""
         self._config = config
         # One that never moves is read in the compute dtype only; a moving one must not lose small moves to rounding.
-        dtype = jnp.float32 if config.sync_ref_model else jnp.dtype(compute_dtype)
+        # An adapter stays as the policy's is: both are then scored by one program.
+        dtype = jnp.float32 if config.sync_ref_model or frozen is not None else jnp.dtype(compute_dtype)
         places = layout.shardings.params
-        self.params = jax.jit(_copied, static_argnums=1, out_shardings=places)(params, dtype)
+        self.params = join(frozen, jax.jit(_copied, static_argnums=1, out_shardings=places)(params, dtype))
         self._mix = jax.jit(_mixed, static_argnums=2, out_shardings=places, donate_argnums=0)
 
     def follow(self, done: int, policy: Any) -> None:

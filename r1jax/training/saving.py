@@ -95,6 +95,8 @@ class Keeper:
     best: BestSoFar | None
     publisher: Publisher
     beside: Beside = nothing_beside
+    adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """What a checkpoint says of an adapter (`training/adapting.py`)."""
 
     def measured(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics of an evaluation, which decide what is best."""
@@ -155,6 +157,7 @@ class Keeper:
             "model_name_or_path": config.model.model_name_or_path,
             "seed": config.run.seed,
             **self.order.about(),
+            **self.adapter,
             "num_tokens": self.recorder.num_tokens,
             "recorder": self.recorder.progress(),
             "save_only_model": config.checkpoint.save_only_model,

@@ -1,6 +1,7 @@
 """The model that a run starts from, and the one it leaves: both as Hugging Face has them."""
 
 import dataclasses
+import functools
 import json
 import logging
 import tempfile
@@ -9,14 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from transformers import PreTrainedTokenizerBase
 
 import r1jax
-from r1jax.checkpoints import hub
 from r1jax.checkpoints.generation import generation_config, read_generation_config, stop_ids
-from r1jax.checkpoints.hf import check_weights, load_params, read_config
+from r1jax.checkpoints.hf import read_config
 from r1jax.checkpoints.hf_export import export
 from r1jax.checkpoints.model_card import Card
+from r1jax.checkpoints.peft import ModelFolder, open_model
+from r1jax.checkpoints.peft_export import export_adapter
 from r1jax.config.errors import need
 from r1jax.config.folders import writing
 from r1jax.config.schema import RunConfig
@@ -24,8 +29,10 @@ from r1jax.data.formats import RowFormat
 from r1jax.data.templates import CHATML_END, CHATML_START, check_tokenizer, prepare_tokenizer, with_chatml
 from r1jax.models.config import DecoderConfig
 from r1jax.models.families import decoder_config
+from r1jax.models.lora import part_of, scales, with_scale
+from r1jax.models.parameters import abstract_params
 from r1jax.training.best import Final
-from r1jax.training.state import StateLayout, fresh_params
+from r1jax.training.state import StateLayout, fresh_adapter, fresh_params
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +41,7 @@ logger = logging.getLogger(__name__)
 class Source:
     """The model that a run starts from."""
 
-    directory: Path
+    folder: ModelFolder
     hf_config: dict[str, Any]
     generation_config: dict[str, Any]
     """{} where the directory has none."""
@@ -44,9 +51,19 @@ class Source:
     """Rows of the embedding in the directory's weights; fewer than the decoder's where tokens were added."""
 
     @property
+    def directory(self) -> Path:
+        """The folder with config.json and weights."""
+        return self.folder.weights
+
+    @property
+    def generation_folder(self) -> Path:
+        """The folder whose generation_config.json counts."""
+        return self.folder.holding("generation_config.json")
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Every token that ends a completion: those that the model came with, and the tokenizer's EOS."""
-        generation = generation_config(read_generation_config(self.directory), self.hf_config, self.tokenizer)
+        generation = generation_config(read_generation_config(self.generation_folder), self.hf_config, self.tokenizer)
         return tuple(stop_ids(generation.get("eos_token_id")))
 
 
@@ -60,19 +77,22 @@ def read_source(config: RunConfig) -> Source:
     Raises `UserError` for anything in the directory that does not fit together, weights included: rows are tokenised
     and devices filled later.
     """
-    directory = hub.resolve(config.model.model_name_or_path, config.model.model_revision)
-    hf_config = read_config(directory)
+    folder = open_model(config.model.model_name_or_path, config.model.model_revision)
+    if folder.lora is not None and config.model.adapter is not None:
+        advice = f"merge it first: python -m r1jax.convert {config.model.model_name_or_path} DIR --to hf"
+        raise need("model_name_or_path", "a model with use_peft: true", "an adapter", advice)
+    hf_config = read_config(folder.weights)
     decoder = decoder_config(hf_config)
     if not config.model.random_init:
-        check_weights(directory, decoder)
-    tokenizer = prepare_tokenizer(directory, config.model.chat_template, config.model.eos_token)
+        folder.check(decoder)
+    tokenizer = prepare_tokenizer(folder.tokenizer, config.model.chat_template, config.model.eos_token)
     if len(tokenizer) > decoder.vocab_size:
         rule = f"a tokenizer of at most {decoder.vocab_size} tokens, the model's vocabulary"
         raise need("model_name_or_path", rule, str(len(tokenizer)), "use the tokenizer that the model was trained with")
     return Source(
-        directory=directory,
+        folder=folder,
         hf_config=hf_config,
-        generation_config=read_generation_config(directory),
+        generation_config=read_generation_config(folder.holding("generation_config.json")),
         decoder=decoder,
         tokenizer=tokenizer,
         stored_vocab_size=decoder.vocab_size,
@@ -90,6 +110,10 @@ def ready_for(config: RunConfig, source: Source, row_formats: Sequence[RowFormat
             rule = f"{CHATML_END}, as the model has no chat template and conversations are written as ChatML"
             raise need("eos_token", rule, str(config.model.eos_token), "remove the key, or set chat_template too")
         source = _with_chatml(source)
+        if config.model.adapter and source.decoder.vocab_size != source.stored_vocab_size:
+            rule = f"a vocabulary that holds {CHATML_START} and {CHATML_END} with use_peft, which trains no embeddings"
+            got = f"{source.stored_vocab_size} tokens and no chat template"
+            raise need("model_name_or_path", rule, got, "set chat_template, or train all parameters")
     endings = dict.fromkeys(check_tokenizer(source.tokenizer, row_format) for row_format in row_formats)
     for ending in filter(None, endings):
         logger.info("%s (token %d) ends what the model writes", ending, source.tokenizer.convert_tokens_to_ids(ending))
@@ -122,12 +146,31 @@ def _with_chatml(source: Source) -> Source:
 
 
 def first_params(config: RunConfig, source: Source, layout: StateLayout) -> Any:
-    """Float32 master parameters in their layout: the model's own, or fresh ones where `random_init` says so."""
+    """Float32 master parameters in their layout: the model's own, or fresh ones where `random_init` says so; with LoRA
+    a fresh adapter."""
+    if config.model.adapter is not None:
+        return fresh_adapter(source.decoder, config.model.adapter, config.run.seed, layout)
     if config.model.random_init:
         return fresh_params(source.decoder, config.run.seed, layout)
-    return load_params(
-        source.directory, source.decoder, layout.shardings.params, stored_vocab_size=source.stored_vocab_size
+    return _load(source, layout.shardings.params, "float32")
+
+
+def frozen_params(config: RunConfig, source: Source, layout: StateLayout) -> Any:
+    """With LoRA the model's weights in the compute dtype, and each adapted module's scale; else None."""
+    lora = config.model.adapter
+    if lora is None:
+        return None
+    places = part_of(layout.frozen_shardings, abstract_params(source.decoder))
+    weights = _load(source, places, config.model.compute_dtype)
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    return with_scale(
+        weights, lora, jax.jit(functools.partial(scales, lora), static_argnums=0, out_shardings=everywhere)
     )
+
+
+def _load(source: Source, places: Any, dtype: str) -> Any:
+    stored = source.stored_vocab_size
+    return source.folder.load(source.decoder, places, jnp.dtype(dtype), stored_vocab_size=stored)
 
 
 _RESULTS = ("loss", "eval_loss", "reward", "eval_reward")
@@ -143,12 +186,12 @@ def model_files(source: Source) -> dict[str, bytes]:
         folder = Path(name)
         source.tokenizer.save_pretrained(folder)
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    settings = generation_config(read_generation_config(source.directory), source.hf_config, source.tokenizer)
+    settings = generation_config(read_generation_config(source.generation_folder), source.hf_config, source.tokenizer)
     return {**files, "generation_config.json": json.dumps(settings).encode()}
 
 
 def export_model(config: RunConfig, source: Source, final: Final, folder: Path) -> None:
-    """Writes the model into the folder as Hugging Face reads it."""
+    """Writes the model into the folder as Hugging Face reads it; with LoRA the adapter, as PEFT does."""
     keys = ("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm")
     card = Card(
         name=Path(config.run.output_dir).name,
@@ -165,15 +208,19 @@ def export_model(config: RunConfig, source: Source, final: Final, folder: Path) 
     )
     if config.data.dataset_name:
         card["datasets"] = [config.data.dataset_name]
+    about: dict[str, Any] = {
+        "config": source.decoder,
+        "hf_config": source.hf_config,
+        "tokenizer": source.tokenizer,
+        "generation_config": source.generation_config,
+        "card": card,
+    }
     with writing("output_dir", folder):
-        dtype = export(
-            folder,
-            final.params,
-            config=source.decoder,
-            hf_config=source.hf_config,
-            tokenizer=source.tokenizer,
-            generation_config=source.generation_config,
-            dtype=config.model.torch_dtype,
-            card=card,
-        )
-    logger.info("model exported to %s (%s)", folder, dtype)
+        if config.model.adapter is None:
+            dtype = export(folder, final.params, dtype=config.model.torch_dtype, **about)
+            logger.info("model exported to %s (%s)", folder, dtype)
+            return
+        name, revision = config.model.model_name_or_path, config.model.model_revision
+        base = {"base_model": name, "base_revision": revision}
+        export_adapter(folder, final.params, lora=config.model.adapter, **base, **about)
+    logger.info("adapter exported to %s", folder)

@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation batch, as jitted pure functions; the state is donated."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from r1jax import optimizer
 from r1jax.batch import PackedBatch
 from r1jax.config.optimizer import OptimizerConfig
+from r1jax.models.lora import join
 from r1jax.sharding.rules import shardings
 from r1jax.training.state import StateLayout, TrainState
 
@@ -69,15 +71,21 @@ def make_gradients(
 ) -> Callable[..., tuple[Any, jax.Array, Sums]]:
     """(gradients, loss, sums) of a whole step [A, B, T], gradients sharded as the ZeRO stage says; not jitted.
 
-    gradients(params, batch, key): a key, where there is one, is folded with the micro-batch's number for the loss.
+    gradients(params, batch, key, frozen): a key, where there is one, is folded with the micro-batch's number for the
+    loss; frozen is what of the model is not trained, and has no gradient.
     skip_empty: do not compute the micro-batches of padding at the end.
     """
-    placed = shardings(layout.mesh, layout.specs.gradients)
+    placed = shardings(layout.mesh, layout.trained.gradients)
 
-    def gradients(params: Any, batch: PackedBatch, key: jax.Array | None = None) -> tuple[Any, jax.Array, Sums]:
+    def gradients(
+        params: Any, batch: PackedBatch, key: jax.Array | None = None, frozen: Any = None
+    ) -> tuple[Any, jax.Array, Sums]:
+        def of_model(params: Any, *given: Any) -> tuple[jax.Array, Sums]:
+            return loss(join(frozen, params), *given)
+
         def one(micro_batch: PackedBatch, number: jax.Array) -> tuple[Any, jax.Array, Sums]:
             drawn = () if key is None else (jax.random.fold_in(key, number),)
-            (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro_batch, *drawn)
+            (value, sums), grads = jax.value_and_grad(of_model, has_aux=True)(params, micro_batch, *drawn)
             return jax.lax.with_sharding_constraint(grads, placed), value, sums
 
         return _totals(one, batch, skip_empty=skip_empty)
@@ -101,11 +109,11 @@ def make_train_step(
     skip_empty: do not compute the micro-batches of padding at the end.
     """
     gradients = make_gradients(loss, layout, skip_empty=skip_empty)
-    moments = shardings(layout.mesh, layout.specs.moments)
+    moments = shardings(layout.mesh, layout.trained.moments)
 
-    def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Sums]:
+    def step(state: TrainState, batch: PackedBatch, frozen: Any = None) -> tuple[TrainState, Sums]:
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, value, sums = gradients(state.params, batch, key)
+        grads, value, sums = gradients(state.params, batch, key, frozen)
         # At stage 1 this cuts the summed gradients, so that each device updates its own moments only.
         grads = jax.lax.with_sharding_constraint(grads, moments)
         params, moments_after, measured = optimizer.update(config, schedule, grads, state.optimizer, state.params)
@@ -114,18 +122,37 @@ def make_train_step(
 
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     places = layout.shardings
-    return jax.jit(step, in_shardings=(places, layout.batch), out_shardings=(places, everywhere), donate_argnums=0)
+    results = (places, everywhere)
+    if layout.frozen is None:
+        return jax.jit(step, in_shardings=(places, layout.batch), out_shardings=results, donate_argnums=0)
+    inputs = (places, layout.batch, layout.frozen_shardings)
+    return _BesideFrozen(jax.jit(step, in_shardings=inputs, out_shardings=results, donate_argnums=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _BesideFrozen:
+    """A jitted step, given what is frozen as an argument of its own, which is not donated."""
+
+    program: Any
+
+    def __call__(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, Sums]:
+        after, sums = self.program(dataclasses.replace(state, frozen=None), batch, state.frozen)
+        return dataclasses.replace(after, frozen=state.frozen), sums
+
+    def lower(self, state: TrainState, batch: PackedBatch) -> Any:
+        """As the jitted function's, of shapes."""
+        return self.program.lower(dataclasses.replace(state, frozen=None), batch, state.frozen)
 
 
 def make_eval_step(loss: Loss, layout: StateLayout) -> EvalStep:
-    """Jitted step(params, batch [A, B, T]) -> {loss, and the loss's sums}, added up over the batch."""
+    """Jitted step(the model's params, batch [A, B, T]) -> {loss, and the loss's sums}, added up over the batch."""
 
     def step(params: Any, batch: PackedBatch) -> Sums:
         value, sums = _totals(lambda micro_batch, _: loss(params, micro_batch), batch)
         return {"loss": value, **sums}
 
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
-    return jax.jit(step, in_shardings=(layout.shardings.params, layout.batch), out_shardings=everywhere)
+    return jax.jit(step, in_shardings=(layout.model_shardings, layout.batch), out_shardings=everywhere)
 
 
 def make_score_step(score: Callable[[Any, PackedBatch], Any], layout: StateLayout) -> ScoreStep:
@@ -151,4 +178,4 @@ def make_score_step(score: Callable[[Any, PackedBatch], Any], layout: StateLayou
         none = jax.tree.map(lambda leaf: jnp.zeros((batch.tokens.shape[0], *leaf.shape), leaf.dtype), shapes)
         return jax.lax.fori_loop(0, used, nth, none)
 
-    return jax.jit(step, in_shardings=(layout.shardings.params, layout.batch), out_shardings=layout.batch)
+    return jax.jit(step, in_shardings=(layout.model_shardings, layout.batch), out_shardings=layout.batch)

@@ -24,8 +24,10 @@ KINDS: dict[str, tuple[str, str, Mistake]] = {
     "a key with a letter missing": ("lerning_rate", "the nearest is learning_rate", lambda p: p.set(lerning_rate=1)),
     "a key of nobody": ("xyzzy", "--help", lambda p: p.set(xyzzy=1)),
     "an old name": ("max_seq_length", "use max_length", lambda p: p.set(max_seq_length=64)),
-    "a feature that is not built": ("use_peft", "train all parameters", lambda p: p.set(use_peft=True)),
-    "a key of LoRA": ("lora_r", "known key", lambda p: p.set(lora_r=16)),
+    "a feature that is not built": ("load_in_4bit", "bf16", lambda p: p.set(load_in_4bit=True)),
+    "a rank of nothing": ("lora_r", "x >= 1", lambda p: p.set(use_peft=True, lora_r=0)),
+    "an adapter of the embedding": (
+        "lora_target_modules", "'embed_tokens'", lambda p: p.set(use_peft=True, lora_target_modules=["embed_tokens"])),
     "a key of GRPO beside task: sft": ("num_generations", "task grpo", lambda p: p.set(task="sft", num_generations=4)),
     "no model": ("model_name_or_path", "null", lambda p: p.unset("model_name_or_path")),
     "no rows": ("dataset_name", "dataset_mixture", lambda p: p.unset("dataset_train_file")),

@@ -111,8 +111,8 @@ def test_overruled_keys_are_reported():
         ({"max_seq_length": 5}, "max_seq_length: need a known key, got an old key with value 5; use max_length"),
         ({"streaming": True}, "streaming: need a known key, got an old key with value true; use dataset_streaming"),
         (
-            {"use_peft": True},
-            "use_peft: need null or false (r1jax does not have it), got true; train all parameters",
+            {"use_dora": True},
+            "use_dora: need null or false (r1jax does not have it), got true; use LoRA: use_peft without it",
         ),
     ],
 )
@@ -121,8 +121,8 @@ def test_keys_that_are_not_ours(keys, line):
 
 
 def test_features_that_are_switched_off_load():
-    resolved = config.resolve(BASE | {"use_peft": False, "load_in_4bit": None})
-    assert dict(resolved.ignored) == dict.fromkeys(["use_peft", "load_in_4bit"], "it is off, as r1jax has it")
+    resolved = config.resolve(BASE | {"use_dora": False, "load_in_4bit": None})
+    assert dict(resolved.ignored) == dict.fromkeys(["use_dora", "load_in_4bit"], "it is off, as r1jax has it")
 
 
 def test_foreign_keys_take_any_value():

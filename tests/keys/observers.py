@@ -47,7 +47,8 @@ def prepare(keys: Mapping[str, Any]) -> Prepared:
     config = resolve(keys).config
     source, mesh, splits = read_source(config), make_mesh(config.mesh), sft.load_splits(config)
     source = ready_for(config, source, [split.row_format for split in splits.values()])
-    layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
+    adapter, dtype = config.model.adapter, config.model.compute_dtype
+    layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage, adapter, dtype)
     train, held_out = sft.tokenise_splits(config, source, splits, data_shards(mesh))
     return Prepared(config, source, layout, train, held_out, mesh)
 
@@ -75,7 +76,8 @@ def program(keys: Mapping[str, Any]) -> str:
     run = prepare(keys)
     step, _ = sft.make_steps(run.config, run.source, run.layout, run.train.plan.num_steps)
     _, arrays = next(sft.device_batches(run.train, run.layout, token_mean, 0))
-    return step.lower(run.layout.abstract, arrays).as_text()  # pyright: ignore[reportFunctionMemberAccess]
+    state = dataclasses.replace(run.layout.abstract, frozen=run.layout.frozen)
+    return step.lower(state, arrays).as_text()  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def rhythm(keys: Mapping[str, Any]) -> Any:
@@ -111,7 +113,8 @@ def run(keys: Mapping[str, Any]) -> Any:
     timed = ("second", "time", "tflops", "runtime", "mfu", "memory")
     metrics = [{key: value for key, value in row.items() if not any(t in key for t in timed)} for row in rows]
     levels = sorted(set(re.findall(r"\b(INFO|WARNING|DEBUG)\b", said.getvalue())))
-    dtype = json.loads((out / "config.json").read_text()).get("torch_dtype")
+    exported = next(out / name for name in ("config.json", "adapter_config.json") if (out / name).exists())
+    dtype = json.loads(exported.read_text()).get("torch_dtype")
     moments = ['"optimizer"' in path.read_text() for path in out.rglob("state/_METADATA")]
     return {
         "code": code,

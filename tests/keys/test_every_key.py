@@ -28,6 +28,7 @@ WORSENS = SAVES | {
     "learning_rate": 1.0,
 }  # fmt: skip
 BEST = WORSENS | {"load_best_model_at_end": True}
+ADAPTS = {"use_peft": True, "learning_rate": 1e-2}
 OTHER = TEMPLATE.replace("{{ m.role }}", "user")
 
 CASES: dict[str, Case] = {
@@ -46,6 +47,13 @@ CASES: dict[str, Case] = {
     "eos_token": at(batch, "<eos>"),
     "loss_chunk_size": at(program, 8),
     "random_init": at(run, True),
+    # lora
+    "use_peft": at(program, True),
+    "lora_r": at(program, 8, use_peft=True),
+    "lora_alpha": at(run, 64, **ADAPTS),
+    "lora_dropout": at(program, 0.1, use_peft=True),
+    "lora_target_modules": at(program, ["q_proj"], use_peft=True),
+    "use_rslora": at(run, True, **ADAPTS),
     # data
     "dataset_name": at(batch, "{folder}/data", before="{folder}/other", dataset_train_file=None),
     "dataset_config": at(batch, "second", before="first", dataset_train_file=None, dataset_name="{folder}/configs"),
