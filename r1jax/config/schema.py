@@ -81,7 +81,7 @@ class RunConfig:
         self._check_evaluation()
         check_best(self.checkpoint, self.reporting, self.run.task)
         self.objective.check(self.run.task)
-        sync = self.grpo.sync_ref_model
+        sync = self.grpo.reference.sync_ref_model
         self.model.lora.check(task=self.run.task, random_init=self.model.random_init, sync_ref_model=sync)
         if self.run.task == "grpo":
             check_generation_batch(self.batch, self.sampling, self.mesh.data_shards)

@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 from tests.grpo.world import metrics, recipe
 from tests.processes import ROOT, environment, scored, succeed
 
+pytestmark = pytest.mark.integration
+
 GATHERING = """
 import json, sys
 import jax, numpy as np
 from r1jax.experience.exchange import all_gathered
 from r1jax.sharding.processes import initialize_processes
-
-pytestmark = pytest.mark.integration
 initialize_processes()
 me = jax.process_index()
 small, large = {"me": me, "words": "w" * (3 + 500 * me)}, np.arange(me * 100_000, dtype=np.float64)

@@ -65,7 +65,11 @@ def test_one_line_names_process_host_and_cause(
     tmp_path: Path, ssh: dict[str, str], end: str, code: int, words: str
 ) -> None:
     hosts = host_file(tmp_path, "first", "second")
-    program = f"ready()\nif me != 1: time.sleep(600)\n{end}"
+    program = f"""
+ready()
+if me != 1: time.sleep(600)
+while not Path(os.environ["FOLDER"], "ready-0").exists(): time.sleep(0.01)
+{end}"""
     status, lines, errors = ended(launch(tmp_path, program, hosts=hosts, environment=ssh))
     assert status == code and len(errors) == 1, errors
     assert errors[0].startswith(f"launch: process 1 on host second {words}")

@@ -96,6 +96,7 @@ def hub_lines(done: subprocess.CompletedProcess[str], level: str) -> list[str]:
     return [line for line in done.stderr.splitlines() if level in line and "hub:" in line]
 
 
+@pytest.mark.integration
 def test_saves_and_branches_go_up_and_the_last_model_last(world: Path, unpublished: Path) -> None:
     keys = {
         "push_to_hub": True, "hub_strategy": "checkpoint", "hub_always_push": True, "hub_token": TOKEN,
@@ -187,6 +188,7 @@ def fill(hub: Hub) -> None:
     hub.repositories["me/taken"] = {"main": {}, "v2": {"README.md": b"# a model"}}
 
 
+@pytest.mark.integration
 def test_a_branch_with_a_model_is_refused_before_anything_is_trained(world: Path) -> None:
     with serving() as hub:
         fill(hub)

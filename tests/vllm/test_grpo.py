@@ -121,7 +121,7 @@ def test_the_next_generation_is_drawn_meanwhile(
 def test_the_trainer_renormalises_over_what_the_server_drew_from(
     server: Server, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]
 ):
-    """vLLM's log-probabilities are of the distribution cut by top_k and top_p; the trainer cuts its own the same way."""
+    """vLLM gives log-probabilities of the distribution cut by top_k and top_p; the trainer cuts its own likewise."""
     done = train(tmp_path, assets, smollm2, server, top_k=50, top_p=0.9, max_steps=2)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = logged(tmp_path)
