@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from r1jax.models.config import DecoderConfig
 from r1jax.models.families import decoder_config
 from r1jax.models.parameters import abstract_params
 from r1jax.models.transformer import forward, logits
+
+logger = logging.getLogger(__name__)
 
 CASES = {
     "qwen2_tied": LoraConfig(use_peft=True, lora_r=4, lora_alpha=6),
@@ -52,7 +55,9 @@ def theirs(model: Any, config: DecoderConfig) -> np.ndarray:
 
 
 def assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
-    assert np.linalg.norm(found - expected) < TOLERANCE * np.linalg.norm(expected)
+    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    logger.info("relative %.1e, largest difference %.1e", error, np.abs(found - expected).max())
+    assert error < TOLERANCE
 
 
 def trained_adapter(config: DecoderConfig, lora: LoraConfig) -> Any:
