@@ -135,6 +135,7 @@ REFUSALS = {
     "another method": (lambda c: c.update(peft_type="IA3"), "an adapter of LoRA alone, got peft_type: 'IA3'"),
     "trained biases": (lambda c: c.update(bias="all"), "an adapter of LoRA alone, got bias: 'all'"),
     "whole modules": (lambda c: c.update(modules_to_save=["lm_head"]), 'got modules_to_save: ["lm_head"]'),
+    "a start in the weights": (lambda c: c.update(init_lora_weights="pissa"), "got init_lora_weights: 'pissa', which"),
     "another rank": (lambda c: c.update(r=8), "need factors of rank 8 beside q_proj, down_proj in every layer"),
     "no rank": (lambda c: c.pop("r"), "need r and lora_alpha, numbers, in"),
     "no model": (lambda c: c.update(base_model_name_or_path=None), "that names its model in base_model_name_or_path"),
