@@ -35,6 +35,8 @@ _UNKNOWN = (
     *("layers_to_transform", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora"),
     *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 )
+_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Others (PiSSA, OLoRA, CorDA, LoftQ) take what the factors start with out of the weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,10 @@ def _read_config(content: dict[str, Any], path: Path, field: str) -> LoraConfig:
     strange = [f"{key}: {shown(content[key])}" for key in _UNKNOWN if content.get(key)]
     if content.get("peft_type") != "LORA":
         strange.insert(0, f"peft_type: {shown(content.get('peft_type'))}")
+    if content.get("init_lora_weights", True) not in _HARMLESS_STARTS:
+        strange.append(
+            f"init_lora_weights: {shown(content['init_lora_weights'])}, which changes the model's own weights"
+        )
     if content.get("bias", "none") != "none":
         strange.append(f"bias: {shown(content['bias'])}")
     if strange:
