@@ -25,7 +25,7 @@ from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
 from r1jax.training.adapting import about_adapter, check_adapter
-from r1jax.training.cadence import make_cadence
+from r1jax.training.cadence import Cadence, make_cadence
 from r1jax.training.memory import estimate_memory, out_of_memory_named
 from r1jax.training.opening import begin_writing, opened
 from r1jax.training.order import data_order
@@ -88,6 +88,25 @@ def run(config: RunConfig) -> None:
                         samples.discard()
 
 
+def make_observer(
+    config: RunConfig, task: Task, collector: Collector, cadence: Cadence, start_step: int, keeper: Keeper
+) -> Observer:
+    """What shows and keeps completions, of the generations of which a step is logged."""
+
+    def shows(first: int) -> bool:
+        return any(map(cadence.logs, range(first, first + task.plan.steps_per_generation)))
+
+    return Observer(
+        config,
+        Path(config.run.output_dir),
+        collector,
+        task.train,
+        shows,
+        start_step=start_step,
+        log_table=keeper.recorder.trackers.log_table,
+    )
+
+
 def train_policy(
     config: RunConfig,
     source: Source,
@@ -105,19 +124,7 @@ def train_policy(
     step = step if beside.bonus is None else beside.bonus.around(step)
     cadence = make_cadence(config, plan.num_steps, plan.num_steps_per_epoch)
 
-    def shows(first: int) -> bool:
-        """Whether a step of the generation that begins with step `first` is logged."""
-        return any(map(cadence.logs, range(first, first + plan.steps_per_generation)))
-
-    observer = Observer(
-        config,
-        output_dir,
-        collector,
-        task.train,
-        shows,
-        start_step=int(state.step),
-        log_table=keeper.recorder.trackers.log_table,
-    )
+    observer = make_observer(config, task, collector, cadence, int(state.step), keeper)
     generations = make_generations(
         config, layout, task, collector, scorers, beside.reference, observer.observe, kept.batches, kept.carried
     )
