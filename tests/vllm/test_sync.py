@@ -141,10 +141,13 @@ def test_stop_ids_are_ours_alone(server: Server, trainer: Trainer):
     made.close()
 
 
-def test_reshaped_distributions_are_refused(server: Server, trainer: Trainer):
+@pytest.mark.parametrize("reshaped", [{"min_p": 0.1}, {"repetition_penalty": 1.1}])
+def test_distributions_that_the_trainer_cannot_follow_are_refused(
+    server: Server, trainer: Trainer, reshaped: dict[str, float]
+):
     made = engine(server, trainer)
     made.sync(trainer.params, 0)
-    reshaped = SamplingSettings(max_new_tokens=4, top_p=0.9)
-    with pytest.raises(UserError, match="rollout_engine: need samples of the policy at its temperature"):
-        made.generate(PROMPTS, range(3), num_generations=1, step=0, settings=reshaped)
+    settings = SamplingSettings(max_new_tokens=4, top_p=0.9, **reshaped)
+    with pytest.raises(UserError, match="rollout_engine: need the policy at its temperature, cut by top_k and top_p"):
+        made.generate(PROMPTS, range(3), num_generations=1, step=0, settings=settings)
     made.close()
