@@ -84,7 +84,8 @@ def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
     out = folder / f"{seed}" / "variants" / "".join(letter if letter.isalnum() else "-" for letter in name)
     keys = {
         "config": RECIPE, "model_name_or_path": folder / f"{seed}" / "sft",
-        "dataset_name": folder / f"{seed}" / "tasks", "output_dir": out, "seed": seed, "overwrite_output_dir": "true", "resume_from_checkpoint": "false",
+        "dataset_name": folder / f"{seed}" / "tasks", "output_dir": out, "seed": seed,
+        "overwrite_output_dir": "true", "resume_from_checkpoint": "false",
         "save_strategy": "no", "report_to": "none", **VARIANTS[name],
     }  # fmt: skip
     words = [part for key, value in keys.items() for part in (f"--{key}", str(value))]

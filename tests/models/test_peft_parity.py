@@ -87,9 +87,10 @@ def test_peft_has_the_logits_of_what_we_export(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT warns of keys that are missing or too many
         warnings.simplefilter("ignore", FutureWarning)  # that transformers has for PEFT
-        wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+        other: Any = copy.deepcopy(model)
+        wrapped = peft.PeftModel.from_pretrained(other, str(tmp_path / "adapter"))
     assert_equal(theirs(wrapped.eval(), config), expected)
-    read = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    read = peft.PeftConfig.from_pretrained(str(tmp_path / "adapter"))
     assert (read.base_model_name_or_path, read.task_type, read.inference_mode) == ("org/base", "CAUSAL_LM", True)
 
     export(tmp_path / "merged", joined, dtype="float32", **about)
@@ -113,7 +114,7 @@ def from_peft(make_model: Callable, tmp_path: Path) -> tuple[Path, np.ndarray, D
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
     config = decoder_config(model.config.to_dict())
     return tmp_path / "adapter", theirs(adapted, config), config
 

@@ -143,7 +143,7 @@ def test_stop_ids_are_ours_alone(server: Server, trainer: Trainer):
 
 @pytest.mark.parametrize("reshaped", [{"min_p": 0.1}, {"repetition_penalty": 1.1}])
 def test_distributions_that_the_trainer_cannot_follow_are_refused(
-    server: Server, trainer: Trainer, reshaped: dict[str, float]
+    server: Server, trainer: Trainer, reshaped: dict[str, Any]
 ):
     made = engine(server, trainer)
     made.sync(trainer.params, 0)
