@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from r1jax.batch import PackedBatch
 from r1jax.config.correction import Correction
+from r1jax.config.mesh import MeshConfig
 from r1jax.objectives.grpo import make_policy_loss
 from r1jax.objectives.surrogate import Surrogate
+from r1jax.sharding.mesh import make_mesh
 
-ROWS, TOKENS, DOCUMENTS = 4, 12, 3
+ROWS, TOKENS, DOCUMENTS = 8, 12, 3
 SHAPES = ("clip", "cispo", "sapo", "vespo")
 SURROGATES = [
     Surrogate(shape=shape, level=level, beta=0.1, epsilon_high=5.0 if shape == "cispo" else 0.3)
@@ -108,3 +111,17 @@ def test_where_completions_lie_makes_no_difference(surrogate, seed):
     (found, _), found_slope = gradient_of(surrogate)(moved(now), other)
     np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found_slope, moved(slope), rtol=1e-5, atol=1e-6)
+
+
+@every_surrogate
+def test_rows_spread_over_eight_devices_make_no_difference(surrogate):
+    now, batch = example(7)
+    (value, sums), slope = gradient_of(surrogate)(now, batch)
+    rows = NamedSharding(make_mesh(MeshConfig(mesh_data=2, mesh_fsdp=4)), PartitionSpec(("fsdp", "data")))
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, rows), (now, batch))
+    assert len(placed[0].sharding.device_set) == 8
+    (found, found_sums), found_slope = gradient_of(surrogate)(*placed)
+    np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found_slope, slope, rtol=1e-5, atol=1e-6)
+    for name in sums:
+        np.testing.assert_allclose(found_sums[name], sums[name], rtol=1e-5, atol=1e-5)
