@@ -94,6 +94,7 @@ def _useless_in_grpo(name: str, chosen: Mapping[str, Any]) -> str | None:
     if name in _WEIGHTS and not chosen["vllm_importance_sampling_correction"]:
         return "vllm_importance_sampling_correction is false"
     own = chosen["rollout_engine"] == "jax" and not chosen["replay_buffer_size"]
-    if name.startswith("vllm_importance_sampling_") and own:
+    masks = name == "rollout_correction_preset" and chosen[name] in ("dppo", "off_policy")
+    if name.startswith(("vllm_importance_sampling_", "rollout_correction_")) and own and not masks:
         return "rollout_engine is jax: trainer and sampler are one model"
     return None

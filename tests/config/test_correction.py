@@ -48,6 +48,9 @@ def test_bounds_that_bound_nothing_are_reported():
     assert dict(config.resolve(BASE | given).ignored) == {f"{PREFIX}clip_max": f"{PREFIX}correction is false"}
     embedded = dict(config.resolve(BASE | {f"{PREFIX}clip_max": 3.0, "use_vllm": False}).ignored)
     assert embedded == {f"{PREFIX}clip_max": "rollout_engine is jax: trainer and sampler are one model"}
+    for preset, useless in (("icepop", True), ("dppo", False)):
+        ignored = config.resolve(BASE | {"rollout_correction_preset": preset, "use_vllm": False}).ignored
+        assert ("rollout_correction_preset" in dict(ignored)) == useless
 
 
 def test_the_old_name_of_the_bound_is_refused():
