@@ -34,11 +34,12 @@ def make_policy_loss(statistics: Statistics, surrogate: Surrogate) -> Loss:
         held = jax.lax.stop_gradient(logprobs)
         old = held if batch.old_logprobs is None else batch.old_logprobs
         log_ratio = _of_trained(logprobs - old, batch)
-        weights, told = _weights(held, old, batch, surrogate)
-        per_token, about = policy_gradient_terms(logprobs, log_ratio, weights, batch, surrogate)
         stays = _stays(held, batch, surrogate)
-        if stays is not None:
-            per_token = jnp.where(stays > 0, per_token * stays, 0.0)
+        weights, told = _weights(old, stays, batch, surrogate)
+        per_token, about = policy_gradient_terms(logprobs, log_ratio, weights, batch, surrogate)
+        for factor in (stays, batch.surrogate_weight):
+            if factor is not None:
+                per_token = jnp.where(factor > 0, per_token * factor, 0.0)
         sums = {**_sums(entropy, old, batch), **about, **told}
         if surrogate.beta:
             divergence = k3_divergence(_of_trained(jnp.asarray(batch.ref_logprobs) - logprobs, batch))
@@ -61,32 +62,27 @@ def _from_sampler(logprobs: Float[Array, "B T"], batch: PackedBatch) -> Float[Ar
     return _of_trained(jax.lax.stop_gradient(logprobs) - jnp.asarray(batch.sampler_logprobs), batch)
 
 
-def _weights(
-    held: Float[Array, "B T"], old: Float[Array, "B T"], batch: PackedBatch, surrogate: Surrogate
-) -> tuple[Float[Array, "B T"] | None, dict[str, Array]]:
-    """(the importance weights of the correction, None without any; what is told of them and of its masks)."""
-    correction, mask = surrogate.correction, batch.loss_mask.astype(jnp.float32)
-    masks = correction.max_shift is not None or correction.max_divergence is not None
-    if correction.mode is None and not masks:
-        return None, {}
-    weights, bounded = None, jnp.zeros(mask.shape, bool)
-    if correction.mode is not None:
-        log_ratio = _from_sampler(old, batch)
-        weights = importance(log_ratio, batch, correction)
-        bounded = out_of_bounds(log_ratio, batch, correction)
-    as_used = jnp.ones_like(mask) if weights is None else weights
-    if masks:
-        as_used = jnp.where(kept(held, _from_sampler(held, batch), batch, correction), as_used, 0.0)
-    return weights, correction_sums(as_used, bounded, mask)
-
-
 def _stays(held: Float[Array, "B T"], batch: PackedBatch, surrogate: Surrogate) -> Float[Array, "B T"] | None:
-    """The factor of each token's surrogate that masks leave; None where all are 1."""
-    correction, stays = surrogate.correction, batch.surrogate_weight
+    """1 on tokens that the masks of the present policy leave in, else 0; None where there are none."""
+    correction = surrogate.correction
     if correction.max_shift is None and correction.max_divergence is None:
-        return stays
-    inside = kept(held, _from_sampler(held, batch), batch, correction).astype(jnp.float32)
-    return inside if stays is None else inside * stays
+        return None
+    return kept(held, _from_sampler(held, batch), batch, correction).astype(jnp.float32)
+
+
+def _weights(
+    old: Float[Array, "B T"], stays: Float[Array, "B T"] | None, batch: PackedBatch, surrogate: Surrogate
+) -> tuple[Float[Array, "B T"] | None, dict[str, Array]]:
+    """(the importance weights of the correction, None without any; what is told of them and of the masks)."""
+    correction, mask = surrogate.correction, batch.loss_mask.astype(jnp.float32)
+    if correction.mode is None:
+        if stays is None:
+            return None, {}
+        return None, correction_sums(stays, jnp.zeros(mask.shape, bool), mask)
+    log_ratio = _from_sampler(old, batch)
+    weights = importance(log_ratio, batch, correction)
+    as_used = weights if stays is None else weights * stays
+    return weights, correction_sums(as_used, out_of_bounds(log_ratio, batch, correction), mask)
 
 
 def _sums(entropy: Float[Array, "B T"], old: Float[Array, "B T"], batch: PackedBatch) -> dict[str, Array]:
