@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from r1jax import train
@@ -52,6 +53,9 @@ TASKS: dict[str, dict[str, Any]] = {
         "reward_funcs": ["tiny_rewards:noted"], "log_completions": True, "num_completions_to_print": 1,
     },
 }  # fmt: skip
+ADAPTER = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+TASKS |= {"sft-lora": {**TASKS["sft"], **ADAPTER, "lora_dropout": 0.2}, "grpo-lora": {**TASKS["grpo"], **ADAPTER}}
+GENERATIONS = {task: STEPS // 2 if task.startswith("grpo") else 0 for task in TASKS}
 slow = pytest.mark.slow
 
 
@@ -73,9 +77,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def config_of(world: Path, task: str, name: str, **changes: Any) -> Path:
     """A recipe of the task that starts from the weights: 16 rows or 128 completions a step on eight devices."""
-    file = {"sft": "sft.jsonl", "grpo": "train.jsonl"}[task]
+    supervised = task.startswith("sft")
+    file = "sft.jsonl" if supervised else "train.jsonl"
     given = {"model_name_or_path": str(world / "weights"), "dataset_train_file": str(world / file)}
-    if task == "sft":
+    if supervised:
         given["dataset_test_file"] = str(world / "sft-held-out.jsonl")
     return recipe(world, name, **{**ALWAYS, **given, **TASKS[task], **changes})
 
@@ -100,8 +105,8 @@ def run(world: Path) -> Callable[[str, int, int], Path]:
 
 
 def assert_same_run(found: Path, wanted: Path, *, generations: int) -> None:
-    """The same data and completions, losses 1e-5 relative, and at the end parameters and both moments of Adam to 1e-5
-    relative norm each tensor."""
+    """The same data and completions, losses 1e-5 relative, and at the end parameters, both moments of Adam and what is
+    exported to 1e-5 relative norm each tensor."""
     # A leg of a run that moves evaluates at its end too.
     logs = [
         [row for row in metrics(folder) if "loss" in row or row["step"] % (STEPS // 2) == 0]
@@ -114,11 +119,18 @@ def assert_same_run(found: Path, wanted: Path, *, generations: int) -> None:
         np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-7)
         assert len(losses[0]) == {"loss": STEPS, "eval_loss": 0 if generations else 2}[name]
     assert_near(saved(found, STEPS), saved(wanted, STEPS))
+    assert_near(exported(found), exported(wanted))
     tables = [
         {path.name: pq.read_table(path).to_pydict() for path in (folder / "completions").glob("*")}
         for folder in (found, wanted)
     ]
     assert tables[0] == tables[1] and len(tables[0]) == generations
+
+
+def exported(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of the model, or of the adapter, that a run leaves."""
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
 
 
 def gradients(folder: Path) -> list[dict[str, np.ndarray]]:
@@ -137,23 +149,34 @@ def gradients(folder: Path) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize(
     ("task", "stage", "processes"),
     [
-        pytest.param(task, stage, processes, marks=() if (task, stage, processes) == ("sft", 3, 2) else slow)
-        for task in TASKS
-        for stage in range(4)
-        for processes in (2, 4)
+        *(
+            pytest.param(task, stage, processes, marks=() if (task, stage, processes) == ("sft", 3, 2) else slow)
+            for task in ("sft", "grpo")
+            for stage in range(4)
+            for processes in (2, 4)
+        ),
+        pytest.param("sft-lora", 3, 2, marks=slow),
+        pytest.param("grpo-lora", 3, 2, marks=slow),
     ],
 )
 def test_many_processes_are_one(run: Callable[..., Path], task: str, stage: int, processes: int) -> None:
     many, one = run(task, stage, processes), run(task, stage, 1)
-    assert_same_run(many, one, generations={"sft": 0, "grpo": STEPS // 2}[task])
-    for found, wanted in zip(gradients(many), gradients(one), strict=True):
+    assert_same_run(many, one, generations=GENERATIONS[task])
+    for step, (found, wanted) in enumerate(zip(gradients(many), gradients(one), strict=True)):
         assert_near(found, wanted)
-        assert all(np.any(leaf != 0) for leaf in wanted.values())
+        # An adapter's B starts at 0, and until it has moved there is nothing for A to follow.
+        still = {name for name in wanted if step == 0 and name.endswith("lora_a")}
+        assert {name for name, leaf in wanted.items() if not np.any(leaf)} == still
 
 
 @pytest.mark.parametrize(
     ("task", "stage", "processes"),
-    [("sft", 3, 2), pytest.param("sft", 0, 4, marks=slow), pytest.param("grpo", 3, 4, marks=slow)],
+    [
+        ("sft", 3, 2),
+        pytest.param("sft-lora", 3, 2, marks=slow),
+        pytest.param("sft", 0, 4, marks=slow),
+        pytest.param("grpo", 3, 4, marks=slow),
+    ],
 )
 def test_each_process_writes_its_part_of_a_checkpoint_and_the_first_all_else(
     run: Callable[..., Path], task: str, stage: int, processes: int
@@ -162,8 +185,9 @@ def test_each_process_writes_its_part_of_a_checkpoint_and_the_first_all_else(
     folder = run(task, stage, processes)
     files = [path for path in folder.rglob("*") if path.is_file()]
     by_others = {path: number for path in files if (number := writer(path))}
+    model = ("adapter_model", "adapter_config") if task.endswith("lora") else ("model", "config")
     assert {path.name for path in files if "checkpoints" not in path.parts} >= {
-        *("config.yaml", "metrics.jsonl", "model.safetensors", "config.json", "README.md", "tokenizer.json")
+        *("config.yaml", "metrics.jsonl", f"{model[0]}.safetensors", f"{model[1]}.json", "README.md", "tokenizer.json")
     }
     assert len([path for path in files if path.name.startswith("events.out")]) == 1
     for path, number in by_others.items():
@@ -235,12 +259,15 @@ MOVES: list[tuple[str, list[Leg]]] = [
     # Each move is in the middle of a generation.
     ("grpo", [(4, 2, 1, {}), (1, 8, 3, {}), (2, 2, 5, {"gradient_accumulation_steps": 32, "steps_per_generation": 64}),
               (1, 1, 7, {"gradient_accumulation_steps": 128, "steps_per_generation": 256}), (4, 2, STEPS, {})]),
+    # Masks of dropout are of a micro-batch, whose rows follow from the number of devices: that stays.
+    ("sft-lora", [(2, 4, 4, {}), (1, 8, STEPS, {})]),
+    ("grpo-lora", [(2, 4, 3, {}), (1, 8, STEPS, {})]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("task", "legs"),
-    [pytest.param(*move, id=f"{move[0]}-{len(move[1])}", marks=() if move is MOVES[0] else slow) for move in MOVES],
+    [pytest.param(*move, id=f"{move[0]}-{len(move[1])}", marks=slow if move in MOVES[1:3] else ()) for move in MOVES],
 )
 def test_a_run_moves_to_other_numbers_of_processes_and_devices(
     world: Path, run: Callable[..., Path], task: str, legs: list[Leg]
@@ -250,13 +277,13 @@ def test_a_run_moves_to_other_numbers_of_processes_and_devices(
     changes = {"loss_type": "dapo"} if task == "grpo" else {}
     name, long = f"{task}-moved-{len(legs)}", len(legs) > 3
     moved = config_of(world, task, name, zero_stage=3, **changes)
-    stayed = run(task, 3, 1) if task == "sft" and not long else world / f"{name}-not"
+    stayed = world / f"{name}-not" if long else run(task, 3, 1)
     if not stayed.exists():
         succeed(*legs[0][:2], config_of(world, task, stayed.name, zero_stage=3, **changes))
     for processes, devices, steps, keys in legs:
         words = [word for key, value in {**keys, "max_steps": steps}.items() for word in (f"--{key}", str(value))]
         succeed(processes, devices, moved, *words)
-    assert_same_run(world / name, stayed, generations=STEPS // 2 if task == "grpo" else 0)
+    assert_same_run(world / name, stayed, generations=GENERATIONS[task])
     plans = {
         json.loads((folder / "metadata" / "metadata").read_text())["plan"]
         for of in (world / name, stayed)

@@ -7,18 +7,38 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 
+from r1jax import convert
+from r1jax.batch import Rollout
+from r1jax.checkpoints import hf
+from r1jax.rollout.engine import as_rollout
+from r1jax.rollout.vllm_client import VllmClient
+from r1jax.rollout.vllm_engine import completion_of
+from r1jax.rollout.vllm_key import read_key
+from r1jax.rollout.vllm_router import draw_samples
+from tests.vllm.conftest import Trainer
 from tests.vllm.server import ROOT, Server
+from tests.vllm.test_sync import PROMPTS, SETTINGS, differences
 
 pytestmark = pytest.mark.vllm
 CONFIG = ROOT / "configs" / "SmolLM2-135M-Instruct" / "grpo.yaml"
+LORA = CONFIG.with_name("grpo_lora.yaml")
 
 
 def train(
-    folder: Path, assets: Path, smollm2: Path, server: Server, *, processes: int = 1, **changes: object
+    folder: Path,
+    assets: Path,
+    smollm2: Path,
+    server: Server,
+    *,
+    config: Path = CONFIG,
+    processes: int = 1,
+    **changes: object,
 ) -> subprocess.CompletedProcess[str]:
     """A run of the recipe, made small, whose completions the server draws."""
     keys = {
@@ -42,10 +62,10 @@ def train(
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
     if processes == 1:
-        command = [sys.executable, "-m", "r1jax.train", "--config", str(CONFIG)]
+        command = [sys.executable, "-m", "r1jax.train", "--config", str(config)]
     else:
         environment |= {"PYTHON": sys.executable, "DEVICES_PER_PROCESS": "1"}
-        command = [str(ROOT / "launch" / "local.sh"), str(processes), str(CONFIG)]
+        command = [str(ROOT / "launch" / "local.sh"), str(processes), str(config)]
     return subprocess.run([*command, *words], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
@@ -132,6 +152,54 @@ def test_the_trainer_renormalises_over_what_the_server_drew_from(
     assert train(whole, assets, smollm2, server, max_steps=1).returncode == 0
     assert logged(whole)[0]["entropy"] > steps[0]["entropy"] + 0.1
     report.append(f"top_k 50, top_p 0.9: mismatch_kl {steps[-1]['mismatch_kl']:.1e}, largest difference {worst:.1e}")
+
+
+def test_the_server_has_the_adapter_in_its_weights(
+    server: Server, trainer: Trainer, assets: Path, smollm2: Path, tmp_path: Path, report: list[str]
+):
+    """Of LoRA: each step's completions are of the adapter that the one before made, merged into the base, which is by
+    then another policy. The server knows of no adapter, and ends with the weights of the last push."""
+    adapts = {"config": LORA, "beta": 0.04, "learning_rate": 1e-3, "max_steps": 3, "vllm_verify_steps": 1}
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    done = train(tmp_path, assets, smollm2, server, **adapts, **saves)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = logged(tmp_path)
+    assert [row["sampling/weight_version"] for row in steps] == [0, 1, 2]
+    for row in steps:
+        assert abs(row["mismatch_kl"]) < 1e-5
+        assert row["sampling/sampling_logp_difference/max"] < 1e-3
+        assert row["sampling/staleness/max"] == 0
+    # Both are of the same tokens: what the server drew from, and the base, each against the policy.
+    assert abs(steps[0]["kl"]) < 1e-9
+    assert all(row["kl"] > 1e-3 for row in steps[1:])
+    assert server.rpc("r1jax_state")["version"] == 2
+    out = tmp_path / "out"
+    assert not (out / "model.safetensors").exists()
+    assert all(tensor.any() for tensor in load_file(out / "adapter_model.safetensors").values())
+
+    whole = tmp_path / "whole"
+    assert convert.main([str(out / "checkpoints" / "2"), str(whole), "--to", "hf"]) == 0
+    merged = hf.load_params(whole, trainer.config, jax.tree.map(lambda leaf: leaf.sharding, trainer.params))
+    rollouts = drawn_now(server, trainer)
+    from_merged, from_base = (differences(trainer, one, rollouts).max() for one in (merged, trainer.params))
+    assert from_merged < 1e-3 and from_base > 0.1
+    kls = ", ".join(f"{row['kl']:.1e} (mismatch {row['mismatch_kl']:.0e})" for row in steps)
+    report.append(f"LoRA through vLLM: KL from the base {kls}; largest difference of a log-probability at the end:")
+    report.append(f"  {from_merged:.1e} from the base with the second update's adapter, {from_base:.2f} from the base")
+
+
+def drawn_now(server: Server, trainer: Trainer) -> list[Rollout]:
+    """What the server draws with the weights that it has; nothing is pushed."""
+    client, version = VllmClient([server.url], read_key()), server.rpc("r1jax_state")["version"]
+    size = trainer.config.vocab_size
+    found = draw_samples(
+        client, PROMPTS, range(3), SETTINGS, num_generations=4, step=version, model="policy", vocab_size=size
+    )
+    return [
+        as_rollout(PROMPTS[row], completion_of(one), row, number, version)
+        for row, group in enumerate(found)
+        for number, one in enumerate(group)
+    ]
 
 
 def test_a_server_of_another_length_is_refused_before_anything_is_written(
