@@ -30,8 +30,8 @@ RECIPE = ROOT / "configs" / "quickstart" / "grpo.yaml"
 RESULTS = ROOT / "bench" / "results" / "objectives.jsonl"
 NUM_PROBLEMS = 500
 STEPS = 30
-"""Generations: half of the recipe's, before all curves meet under the ceiling. Its learning rate is constant by then, so
-this is the first half of the quickstart."""
+"""Generations: half of the recipe's, before all curves meet under the ceiling. Its learning rate is constant, so that
+is the first half of the quickstart."""
 
 TWICE = {"num_iterations": 2, "max_steps": 2 * STEPS}
 """Each generation gone through twice: where every step is on policy the ratio is 1 and its bounds do nothing."""

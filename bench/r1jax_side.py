@@ -12,6 +12,7 @@ from r1jax import optimizer, runtime
 from r1jax.batch import PackedBatch
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.optimizer import OptimizerConfig
+from r1jax.models.execution import Execution
 from r1jax.models.families import decoder_config
 from r1jax.objectives.sft import make_nll
 from r1jax.sharding.constraints import make_constrain
@@ -31,7 +32,8 @@ class R1JaxSide:
         layout = lay_out(decoder, optim, make_mesh(MeshConfig(), jax.devices()[:1]), zero_stage=0)
         remat = "full" if case.gradient_checkpointing else "dots"
         constrain = make_constrain(layout.mesh, layout.specs)
-        loss = make_nll(decoder, dtype=case.compute_dtype, remat=remat, constrain=constrain, mesh=layout.mesh)
+        how = Execution(dtype=case.compute_dtype, remat=remat, constrain=constrain, mesh=layout.mesh)
+        loss = make_nll(decoder, how)
         step = make_train_step(loss, optim, optimizer.make_schedule(optim, 1), layout)
         self._state = start_state(fresh_params(decoder, 0, layout), optim, layout)
         self._batch = jax.device_put(batch_of(case), layout.batch)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # numpy on the host, jax on a device, ShapeDtypeStruct or a sharding in abstract trees: all of them are leaves here.
@@ -24,6 +25,14 @@ class Layout:
     """[B, T] int32: 0 is padding, 1, 2, ... are the documents of a row."""
     positions: Leaf
     """[B, T] int32: index of the token within its document, from 0."""
+    lengths: Leaf | None = None
+    """[B, M] int32: tokens of each document of a row, 0 behind its last one; None: not counted."""
+
+    def counted(self, max_segments: int) -> "Layout":
+        """The layout with lengths, of rows that have at most max_segments documents."""
+        numbers = np.arange(1, max_segments + 1, dtype=np.int32)
+        is_of = self.segment_ids[:, None, :] == numbers[None, :, None]
+        return dataclasses.replace(self, lengths=jnp.sum(is_of, axis=2, dtype=jnp.int32))
 
 
 @jax.tree_util.register_dataclass
@@ -58,12 +67,13 @@ class PackedBatch:
     """GRPO: float32, what a nat of the token's entropy takes off the step's loss for a coefficient of 1; None:
     nothing."""
     max_segments: int = dataclasses.field(default=0, metadata={"static": True})
-    """At least the documents of any row, for sums over each; 0 where nobody needs them."""
+    """At least the documents of any row, for sums over each and for kernels that want their lengths; 0: not known."""
 
     @property
     def layout(self) -> Layout:
-        """The part that attention reads."""
-        return Layout(segment_ids=self.segment_ids, positions=self.positions)
+        """The part that attention reads; its documents are counted where max_segments says how many there may be."""
+        layout = Layout(segment_ids=self.segment_ids, positions=self.positions)
+        return layout.counted(self.max_segments) if self.max_segments else layout
 
 
 class Turn(NamedTuple):

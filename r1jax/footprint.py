@@ -12,7 +12,7 @@ from rich.table import Table
 
 from r1jax.batch import Layout
 from r1jax.config.lora import LoraConfig
-from r1jax.models.attention import QUERY_BLOCK
+from r1jax.models.attention.blocks import QUERY_BLOCK
 from r1jax.models.config import DecoderConfig
 from r1jax.models.lora import abstract_adapter, join, with_scale
 from r1jax.models.parameters import abstract_params

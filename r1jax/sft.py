@@ -22,7 +22,6 @@ from r1jax.models.flops import mean_visible_keys, train_flops_per_token
 from r1jax.objectives.reductions import token_mean, token_sum
 from r1jax.objectives.sft import make_nll, nll_metrics
 from r1jax.optimizer import make_schedule
-from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.sharding.placement import local_rows, to_devices
 from r1jax.trackers.open import check_trackers
@@ -30,7 +29,8 @@ from r1jax.training import loop
 from r1jax.training.adapting import about_adapter, check_adapter
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
-from r1jax.training.memory import estimate_memory, out_of_memory_named, remat_of
+from r1jax.training.execution import backend_of, execution_of
+from r1jax.training.memory import estimate_memory, out_of_memory_named
 from r1jax.training.opening import begin_writing, opened
 from r1jax.training.order import data_order
 from r1jax.training.profiling import profiled
@@ -70,6 +70,7 @@ def run(config: RunConfig) -> None:
     layout = lay_out(
         source.decoder, config.optimizer, mesh, config.mesh.zero_stage, adapter, config.model.compute_dtype
     )
+    backend_of(config, source.decoder, layout)
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
     order = data_order(config, data_shards(mesh), train.plan.fingerprint_at)
     with opened(config, source) as opening:
@@ -165,11 +166,7 @@ def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps
     dropout = lora.lora_dropout if lora else 0.0
     loss = make_nll(
         source.decoder,
-        dtype=config.model.compute_dtype,
-        remat=remat_of(config),
-        chunk=config.model.loss_chunk_size,
-        constrain=make_constrain(layout.mesh, layout.specs),
-        mesh=layout.mesh,
+        execution_of(config, source.decoder, layout),
         by_probability=config.objective.loss_type == "dft",
         neftune_noise_alpha=noise,
         adapter_dropout=dropout,

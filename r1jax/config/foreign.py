@@ -4,17 +4,16 @@
 they are accepted only when they switch their feature off. `RENAMED` keys are refused with the name to use.
 """
 
-_KERNELS = "XLA compiles the attention and loss kernels that fit the device"
+_KERNELS = "the loss is computed in tiles of the vocabulary always; attn_implementation names the attention"
 _PASS_RATE = "only pass-rate filtering reads it, training does not"
 _ROUTER = "open-r1 never passes it to the reward; code runs where code_provider says"
 _LOADER = "grain reads and prefetches rows; dataset_num_proc sets the workers that tokenise"
 _TORCH = "it tunes torch's distributed training; mesh_* and zero_stage decide here"
 
 FOREIGN: dict[str, str] = {
-    "attn_implementation": _KERNELS,
     "use_liger_kernel": _KERNELS,
     "use_liger": _KERNELS,
-    "use_liger_loss": "the loss is computed in chunks of the vocabulary always; loss_chunk_size sets them",
+    "use_liger_loss": "the loss is computed in tiles of the vocabulary always; loss_chunk_size sets their size",
     "gradient_checkpointing_kwargs": "remat_policy says what gradient_checkpointing recomputes",
     "gradient_checkpointing_use_reentrant": "remat_policy says what gradient_checkpointing recomputes",
     "vllm_device": "the vLLM server's devices are chosen where it is started (open-r1's TRL ignores the key too)",

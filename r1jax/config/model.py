@@ -6,6 +6,10 @@ from typing import Literal
 from r1jax.config.errors import at_least, require
 from r1jax.config.lora import LoraConfig
 
+BACKENDS = ("xla", "cudnn", "pallas", "splash")
+"""Attentions over packed rows: `models/attention` has a module for each."""
+ATTENTIONS = ("auto", *BACKENDS, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -30,6 +34,9 @@ class ModelConfig:
     remat_policy: Literal["full", "attention"] = "full"
     """With gradient_checkpointing: full keeps each layer's input alone, attention also the attention output."""
 
+    attn_implementation: str | None = None
+    """Attention over packed rows: xla, cudnn, pallas or splash; null, auto and torch's names: the fastest there is."""
+
     chat_template: str | None = None
     """Jinja text, or a file of it, for the tokenizer's chat template; null: its own, or ChatML if it has none."""
 
@@ -37,7 +44,7 @@ class ModelConfig:
     """Token text that ends a turn, trained and exported as EOS; null keeps the tokenizer's own."""
 
     loss_chunk_size: int | None = None
-    """Tokens whose logits exist at one time in the vocabulary loss; null lets r1jax choose."""
+    """The vocabulary loss holds as many logits at one time as so many tokens have in all; null lets r1jax choose."""
 
     random_init: bool = False
     """Fresh weights from the model's config.json instead of its saved ones."""
@@ -48,6 +55,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         name = self.model_name_or_path
         require(bool(name.strip()), "model_name_or_path", "a local folder or a hub id", name, "name a model")
+        asked = self.attn_implementation
+        known = asked is None or asked in ATTENTIONS or "/" in asked  # a slash: a kernel of a hub, for torch
+        require(known, "attn_implementation", f"null or one of {', '.join(ATTENTIONS)}", asked, "null chooses")
         require(not self.fp16, "fp16", "false", self.fp16, "use bf16")
         at_least("loss_chunk_size", self.loss_chunk_size, 1, "remove the key to let r1jax choose")
 

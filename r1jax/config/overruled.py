@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1jax.config import schema
+from r1jax.config.model import BACKENDS
 
 
 def publishes(chosen: Mapping[str, Any]) -> bool:
@@ -37,6 +38,8 @@ def _useless(name: str, chosen: Mapping[str, Any]) -> str | None:
         return "packing is false"
     if schema.keys()[name].group == "model.lora" and not chosen["use_peft"]:
         return "use_peft is false"
+    if name == "attn_implementation" and chosen[name] not in (None, "auto", *BACKENDS):
+        return "it names an attention of torch's; the fastest that the devices run is taken"
     if name == "remat_policy" and not chosen["gradient_checkpointing"]:
         return "gradient_checkpointing is false"
     if name in ("save_steps", "eval_steps", "logging_steps"):

@@ -77,6 +77,7 @@ def build_batch(
         segment_ids=np.zeros(shape, np.int32),
         loss_mask=np.zeros(shape, np.int32),
         loss_weight=np.zeros(shape, np.float32),
+        max_segments=step.max_segments,
     )
     for micro_batch in range(step.num_micro_batches):
         for at, row in enumerate(local_rows):

@@ -83,6 +83,14 @@ def bucket_length(length: int, max_length: int | None) -> int:
     return bucket if max_length is None else min(bucket, max_length)
 
 
+def bucket_documents(rows: Sequence[Sequence[int]]) -> int:
+    """The smallest of 8, 32, 128, ... that holds the documents of the fullest row: few numbers, so few compilations."""
+    fullest, bucket = max((len(row) for row in rows), default=0), 8
+    while bucket < fullest:
+        bucket *= 4
+    return bucket
+
+
 def spread(rows: Sequence[Sequence[int]], num_slots: int) -> tuple[PackedRow, ...]:
     """The rows at even distances over `num_slots`, empty rows between.
 
@@ -108,6 +116,8 @@ class StepRows:
     """Tokens that are not padding."""
     epoch: int
     """Epochs finished before this step."""
+    max_segments: int
+    """At least the documents of any row, the same for steps of one shape where that is possible."""
 
     @property
     def packing_efficiency(self) -> float:
@@ -149,6 +159,11 @@ class Plan:
         """Steps of one epoch, the last one filled up with padding: no row is dropped."""
         return math.ceil(self.num_units / self.units_per_step)
 
+    @functools.cached_property
+    def _most_documents(self) -> int:
+        """Documents of the fullest of all rows, rounded up, so that one program serves all steps."""
+        return bucket_documents(self.packed_rows or ())
+
     @property
     def longest_row(self) -> int:
         """Tokens that the longest row of any step has room for."""
@@ -188,6 +203,7 @@ class Plan:
             num_micro_batches=num_micro_batches,
             num_tokens=int(self.lengths[sequences].sum(dtype=np.int64)),
             epoch=epoch,
+            max_segments=self._most_documents if self.packed_rows is not None else bucket_documents(rows),
         )
 
     def _lay_out(self, sequences: np.ndarray) -> tuple[int, list[list[int]], int]:

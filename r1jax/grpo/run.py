@@ -26,6 +26,7 @@ from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
 from r1jax.training.adapting import about_adapter, check_adapter
 from r1jax.training.cadence import Cadence, make_cadence
+from r1jax.training.execution import backend_of
 from r1jax.training.memory import estimate_memory, out_of_memory_named
 from r1jax.training.opening import begin_writing, opened
 from r1jax.training.order import data_order
@@ -49,6 +50,7 @@ def run(config: RunConfig) -> None:
     layout = lay_out(
         source.decoder, config.optimizer, mesh, config.mesh.zero_stage, adapter, config.model.compute_dtype
     )
+    backend_of(config, source.decoder, layout)
     with opened(config, source) as opening:
         if opening.start is not None:
             order.check(opening.start.metadata)

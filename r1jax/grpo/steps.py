@@ -1,7 +1,5 @@
 """The jitted programs of a run: the update, what scores a batch, and the forward pass that both share."""
 
-from typing import Any
-
 from r1jax.config import RunConfig
 from r1jax.experience.scoring import Scorers
 from r1jax.models.support import Support
@@ -15,8 +13,7 @@ from r1jax.objectives.statistics import (
 )
 from r1jax.objectives.surrogate import make_surrogate
 from r1jax.optimizer import make_schedule
-from r1jax.sharding.constraints import make_constrain
-from r1jax.training.memory import remat_of
+from r1jax.training.execution import execution_of
 from r1jax.training.source import Source
 from r1jax.training.state import StateLayout
 from r1jax.training.step import TrainStep, make_score_step, make_train_step
@@ -31,7 +28,7 @@ def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps
     schedule = make_schedule(config.optimizer, num_steps)
     step = make_train_step(loss, config.optimizer, schedule, layout, skip_empty=True)
     support = drawn_support(config)
-    floors = make_floors(source.decoder, support, temperature=temperature, **_forward_settings(config, layout))
+    floors = make_floors(source.decoder, execution_of(config, source.decoder, layout), support, temperature=temperature)
     return step, Scorers(
         logprobs=make_score_step(make_scorer(statistics), layout),
         logprobs_and_entropies=make_score_step(make_entropy_scorer(statistics), layout),
@@ -62,19 +59,5 @@ def make_policy_statistics(
     config: RunConfig, source: Source, layout: StateLayout, temperature: float, *, entropy_gradient: bool = False
 ) -> Statistics:
     """The trainer's forward pass at a temperature."""
-    return make_statistics(
-        source.decoder,
-        temperature=temperature,
-        entropy_gradient=entropy_gradient,
-        **_forward_settings(config, layout),
-    )
-
-
-def _forward_settings(config: RunConfig, layout: StateLayout) -> dict[str, Any]:
-    return {
-        "dtype": config.model.compute_dtype,
-        "remat": remat_of(config),
-        "chunk": config.model.loss_chunk_size,
-        "constrain": make_constrain(layout.mesh, layout.specs),
-        "mesh": layout.mesh,
-    }
+    how = execution_of(config, source.decoder, layout)
+    return make_statistics(source.decoder, how, temperature=temperature, entropy_gradient=entropy_gradient)

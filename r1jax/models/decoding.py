@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax.batch import Layout
-from r1jax.models.attention import attend, cached_attention
+from r1jax.models.attention.blocks import attend
+from r1jax.models.attention.cached import cached_attention
 from r1jax.models.config import DecoderConfig
 from r1jax.models.lora import merge
 from r1jax.models.parameters import Params

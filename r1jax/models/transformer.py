@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from r1jax.batch import Layout
-from r1jax.models.attention import attend
+from r1jax.models.attention.backends import Attend, is_kernel
+from r1jax.models.attention.blocks import attend
 from r1jax.models.config import DecoderConfig
 from r1jax.models.lora import Dropout, folded, make_dropout, undropped
 from r1jax.models.parameters import Params
@@ -39,13 +39,13 @@ def _is_costly_product(primitive: Any, *avals: Any, **params: Any) -> bool:
     return not batched and 8 * depth > avals[1].size // depth
 
 
+_of_attention = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names("attention_output"), is_kernel
+)
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        _is_costly_product,
-        jax.checkpoint_policies.save_only_these_names("attention_output"),
-    ),
+    "attention": _of_attention,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_is_costly_product, _of_attention),
 }
 
 
@@ -118,12 +118,12 @@ def layer(
     rope: tuple[Array, ...],
     config: DecoderConfig,
     drop: Dropout = undropped,
+    attend: Attend = attend,
 ) -> tuple[Float[Array, "B T D"], None]:
     """The stream after one layer, and its auxiliary loss (None: dense layers have none)."""
     normed = rms_norm(x, params["input_norm"]["scale"], config.norm_eps)
     q, k, v = heads_of(params["attention"], normed, rope, config, drop)
-    attended = checkpoint_name(attend(q, k, v, layout), "attention_output")
-    x = x + linear(params["attention"]["o"], attended.reshape(*x.shape[:2], -1), partial(drop, "o"))
+    x = x + linear(params["attention"]["o"], attend(q, k, v, layout).reshape(*x.shape[:2], -1), partial(drop, "o"))
     normed = rms_norm(x, params["post_attention_norm"]["scale"], config.norm_eps)
     return x + mlp(params["mlp"], normed, drop), None
 
@@ -136,6 +136,7 @@ def forward(
     *,
     dtype: jnp.dtype | type = jnp.float32,
     remat: RematPolicy = "none",
+    attend: Attend = attend,
     constrain: Constrain = unconstrained,
     perturb: Callable[[Array], Array] = lambda embedded: embedded,
     dropout: tuple[float, PRNGKeyArray] | None = None,
@@ -155,7 +156,7 @@ def forward(
     def body(x: Array, part: tuple[Params, Array | None]) -> tuple[Array, None]:
         layer_params, key = part
         drop = undropped if dropout is None or key is None else make_dropout(key, dropout[0])
-        y, aux = layer(constrain("layer", layer_params), x, layout, rope, config, drop)
+        y, aux = layer(constrain("layer", layer_params), x, layout, rope, config, drop, attend)
         return constrain("activations", y), aux
 
     if remat != "none":

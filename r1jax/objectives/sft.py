@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from r1jax.batch import PackedBatch
 from r1jax.models.config import DecoderConfig
-from r1jax.models.transformer import Constrain, RematPolicy, forward, output_kernel, prepare, unconstrained
+from r1jax.models.execution import PLAIN, Execution
+from r1jax.models.transformer import output_kernel
 from r1jax.objectives.cross_entropy import weighted_nll
 from r1jax.objectives.neftune import neftune
-from r1jax.objectives.vocabulary import default_chunk
 
 Loss = Callable[..., tuple[Float[Array, ""], dict[str, Array]]]
 """(parameters, micro-batch [B, T], key or nothing) -> (loss, sums): both add up over the micro-batches of a step."""
@@ -29,12 +28,8 @@ def shifted(x: Int[Array, "B T"] | Float[Array, "B T"]) -> Array:
 
 def make_nll(
     config: DecoderConfig,
+    how: Execution = PLAIN,
     *,
-    dtype: str = "float32",
-    remat: RematPolicy = "none",
-    chunk: int | None = None,
-    constrain: Constrain = unconstrained,
-    mesh: Mesh | None = None,
     by_probability: bool = False,
     neftune_noise_alpha: float = 0.0,
     adapter_dropout: float = 0.0,
@@ -45,32 +40,19 @@ def make_nll(
     nll gets a key, which evaluation does not give it; adapter_dropout: likewise, of what an adapter sees.
     sums: correct_tokens (trained tokens that were a most likely one) and loss_tokens (trained tokens), float32.
     """
-    size = chunk or default_chunk(config.vocab_size)
 
     def nll(params: Any, batch: PackedBatch, key: Array | None = None) -> tuple[Float[Array, ""], dict[str, Array]]:
-        params = prepare(params, jnp.dtype(dtype), constrain)
-
         def perturb(embedded: Array) -> Array:
             if key is None or neftune_noise_alpha == 0:
                 return embedded
             return neftune(embedded, batch.layout, neftune_noise_alpha, key)
 
-        hidden = forward(
-            params,
-            batch.tokens,
-            batch.layout,
-            config,
-            dtype=jnp.dtype(dtype),
-            remat=remat,
-            constrain=constrain,
-            perturb=perturb,
-            dropout=None if key is None or adapter_dropout == 0 else (adapter_dropout, jax.random.fold_in(key, 1)),
-        )
+        dropout = None if key is None or adapter_dropout == 0 else (adapter_dropout, jax.random.fold_in(key, 1))
+        params, hidden = how.hidden(params, batch, config, perturb=perturb, dropout=dropout)
         # Padding's log-probabilities are finite but meaningless; its weight is 0.
         weights = shifted(batch.loss_weight)
-        loss, is_top = weighted_nll(
-            hidden, output_kernel(params), shifted(batch.tokens), weights, size, mesh, by_probability=by_probability
-        )
+        given = (hidden, output_kernel(params), shifted(batch.tokens), weights)
+        loss, is_top = weighted_nll(*given, how.loss_chunk, how.mesh, by_probability=by_probability)
         mask = shifted(batch.loss_mask).astype(jnp.float32)
         return loss, {"correct_tokens": jnp.sum(mask * is_top.astype(jnp.float32)), "loss_tokens": jnp.sum(mask)}
 

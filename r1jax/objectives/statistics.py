@@ -7,16 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from r1jax.batch import PackedBatch
 from r1jax.models.config import DecoderConfig
+from r1jax.models.execution import PLAIN, Execution
 from r1jax.models.support import Support
-from r1jax.models.transformer import Constrain, RematPolicy, forward, output_kernel, prepare, unconstrained
+from r1jax.models.transformer import output_kernel
 from r1jax.objectives.cross_entropy import support_floors, token_logprobs_and_entropy
 from r1jax.objectives.sft import shifted
-from r1jax.objectives.vocabulary import default_chunk
 
 Statistics = Callable[[Any, PackedBatch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 """(parameters, micro-batch [B, T]) -> (log-probability, entropy in nats) of each token given its document so far."""
@@ -26,13 +25,9 @@ Scorer = Callable[[Any, PackedBatch], Any]
 
 def make_statistics(
     config: DecoderConfig,
+    how: Execution = PLAIN,
     *,
     temperature: float = 1.0,
-    dtype: str = "float32",
-    remat: RematPolicy = "none",
-    chunk: int | None = None,
-    constrain: Constrain = unconstrained,
-    mesh: Mesh | None = None,
     entropy_gradient: bool = False,
 ) -> Statistics:
     """The policy's log-probability and entropy at the temperature; both 0 on the first token of a row.
@@ -40,18 +35,16 @@ def make_statistics(
     They stand at the token that they are of, as everything in a `PackedBatch` does, and are of the distribution over
     the tokens that could be drawn where the batch has support_floor. Without entropy_gradient only the first has one.
     """
-    size = chunk or default_chunk(config.vocab_size)
-    hidden_of = _make_hidden(config, dtype, remat, constrain)
 
     def statistics(params: Any, batch: PackedBatch) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-        params, hidden = hidden_of(params, batch)
+        params, hidden = how.hidden(params, batch, config)
         floor = None if batch.support_floor is None else shifted(batch.support_floor)
         logprobs, entropy = token_logprobs_and_entropy(
             hidden,
             output_kernel(params),
             shifted(batch.tokens),
-            size,
-            mesh,
+            how.loss_chunk,
+            how.mesh,
             temperature=temperature,
             floor=floor,
             entropy_gradient=entropy_gradient,
@@ -61,39 +54,16 @@ def make_statistics(
     return statistics
 
 
-def make_floors(
-    config: DecoderConfig,
-    support: Support,
-    *,
-    temperature: float = 1.0,
-    dtype: str = "float32",
-    remat: RematPolicy = "none",
-    chunk: int | None = None,
-    constrain: Constrain = unconstrained,
-    mesh: Mesh | None = None,
-) -> Scorer:
+def make_floors(config: DecoderConfig, how: Execution, support: Support, *, temperature: float = 1.0) -> Scorer:
     """(parameters, micro-batch) -> the log-probability that parts the tokens that can be drawn at a place from those
     that cannot: what a batch has as support_floor."""
-    size = chunk or default_chunk(config.vocab_size)
-    hidden_of = _make_hidden(config, dtype, remat, constrain)
 
     def floors(params: Any, batch: PackedBatch) -> Float[Array, "B T"]:
-        params, hidden = hidden_of(params, batch)
-        return at_their_token(support_floors(hidden, output_kernel(params), size, mesh, support, temperature))
+        params, hidden = how.hidden(params, batch, config)
+        kernel = output_kernel(params)
+        return at_their_token(support_floors(hidden, kernel, how.loss_chunk, how.mesh, support, temperature))
 
     return floors
-
-
-def _make_hidden(
-    config: DecoderConfig, dtype: str, remat: RematPolicy, constrain: Constrain
-) -> Callable[[Any, PackedBatch], tuple[Any, Float[Array, "B T D"]]]:
-    def hidden_of(params: Any, batch: PackedBatch) -> tuple[Any, Float[Array, "B T D"]]:
-        params = prepare(params, jnp.dtype(dtype), constrain)
-        return params, forward(
-            params, batch.tokens, batch.layout, config, dtype=jnp.dtype(dtype), remat=remat, constrain=constrain
-        )
-
-    return hidden_of
 
 
 def at_their_token(x: Float[Array, "B T"]) -> Float[Array, "B T"]:

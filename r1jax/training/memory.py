@@ -12,16 +12,11 @@ from r1jax.config.errors import RunFailure
 from r1jax.config.schema import RunConfig
 from r1jax.models.config import DecoderConfig
 from r1jax.models.parameters import abstract_params
-from r1jax.models.transformer import RematPolicy
-from r1jax.objectives.vocabulary import default_chunk
+from r1jax.objectives.vocabulary import tiles_of
 from r1jax.sharding.mesh import data_shards
 from r1jax.sharding.rules import shardings
+from r1jax.training.execution import remat_of
 from r1jax.training.state import StateLayout
-
-
-def remat_of(config: RunConfig) -> RematPolicy:
-    """What the backward pass recomputes."""
-    return config.model.remat_policy if config.model.gradient_checkpointing else "dots"
 
 
 def estimate_memory(
@@ -38,13 +33,16 @@ def estimate_memory(
     rows: of a micro-batch on a device; None: per_device_train_batch_size. cache_bytes: a device's, for sampling.
     """
     samples = config.run.task == "grpo"
+    rows = rows or config.batch.per_device_train_batch_size
+    vocab_slice = decoder.vocab_size // layout.mesh.shape["tensor"]
+    tiles = tiles_of(rows * row_length, vocab_slice, config.model.loss_chunk_size)
     workload = footprint.Workload(
-        rows=rows or config.batch.per_device_train_batch_size,
+        rows=rows,
         samples=samples,
         row_length=row_length,
         compute_dtype=config.model.compute_dtype,
         remat=remat_of(config),
-        loss_chunk_size=config.model.loss_chunk_size or default_chunk(decoder.vocab_size),
+        loss_chunk_size=rows * row_length * tiles.width // vocab_slice,
         zero_stage=config.mesh.zero_stage,
         state_shards=data_shards(layout.mesh),
         tensor_shards=layout.mesh.shape["tensor"],

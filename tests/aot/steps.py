@@ -15,6 +15,7 @@ from r1jax.batch import PackedBatch
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.optimizer import OptimizerConfig
 from r1jax.models.config import DecoderConfig
+from r1jax.models.execution import Execution
 from r1jax.models.transformer import Constrain
 from r1jax.objectives.sft import make_nll
 from r1jax.sharding.constraints import make_constrain
@@ -75,7 +76,7 @@ def layout_of(mesh_keys: dict[str, int], zero_stage: int, num_devices: int) -> S
 def compile_step(layout: StateLayout, constrain: Constrain | None = None) -> Compiled:
     """The step that a run of this layout jits, in bfloat16: one row a device, two micro-batches, layers recomputed."""
     constrain = constrain or make_constrain(layout.mesh, layout.specs)
-    loss = make_nll(DECODER, dtype="bfloat16", remat="full", constrain=constrain, mesh=layout.mesh)
+    loss = make_nll(DECODER, Execution(dtype="bfloat16", remat="full", constrain=constrain, mesh=layout.mesh))
     step: Any = make_train_step(loss, OPTIMIZER, optimizer.make_schedule(OPTIMIZER, 10), layout)
     shape = (MICRO_BATCHES, data_shards(layout.mesh), ROW_LENGTH)
     whole, fraction = (jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch) for dtype in (jnp.int32, jnp.float32))

@@ -18,6 +18,7 @@ from r1jax.experience.batches import make_geometry
 from r1jax.experience.collect import Experience
 from r1jax.experience.generations import Packer
 from r1jax.models.config import DecoderConfig
+from r1jax.models.execution import Execution
 from r1jax.objectives.grpo import make_policy_loss
 from r1jax.objectives.reductions import micro_batch_mean
 from r1jax.objectives.statistics import make_scorer, make_statistics
@@ -87,10 +88,8 @@ def update(layout: StateLayout, experience: Experience) -> Update:
     geometry = dataclasses.replace(geometry, row_length=256, max_micro_batches=4 if shards > 1 else 24)
     packer = Packer(geometry=geometry, sharding=layout.batch, weigh=micro_batch_mean, masks_truncated=True)
     batch, _ = packer.pack(experience, range(NUM), np.arange(NUM) % 3)
-    statistics = make_statistics(
-        DECODER, temperature=TEMPERATURE, chunk=20, constrain=make_constrain(layout.mesh, layout.specs),
-        mesh=layout.mesh,
-    )  # fmt: skip
+    how = Execution(constrain=make_constrain(layout.mesh, layout.specs), mesh=layout.mesh, loss_chunk=20)
+    statistics = make_statistics(DECODER, how, temperature=TEMPERATURE)
     score = make_score_step(make_scorer(statistics), layout)
     params = fresh_params(DECODER, 0, layout)
 

@@ -139,6 +139,7 @@ ELSEWHERE: dict[str, str] = {
     "overwrite_output_dir": "training/test_resume.py::test_a_folder_with_other_files_is_refused",
     "resume_from_checkpoint": "training/test_resume.py::test_starting_afresh_does_not_mix_runs",
     "model_revision": "needs a hub: checkpoints/test_hub.py::test_each_refusal_of_the_hub_is_one_line",
+    "attn_implementation": "needs a GPU: training/test_execution.py::test_devices_decide_unless_the_recipe_does",
     "fp16": "only false is accepted, so that recipes of others load: config/test_schema.py::test_refused",
     "mesh_fsdp": "the other axes leave it one value: sharding/test_mesh.py::test_axes_that_do_not_fit_the_devices",
     "mesh_context": "only 1 is accepted: config/test_schema.py::test_refused",

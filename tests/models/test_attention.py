@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from r1jax.batch import Layout
-from r1jax.models import attention
-from r1jax.models.attention import attend, grouped_attention
+from r1jax.models.attention import blocks
+from r1jax.models.attention.blocks import attend, grouped_attention
 
 WIDTH = 8
 # Documents of each row (the rest of the row is padding), row length, query heads, kv heads.
@@ -96,8 +96,8 @@ def test_blocks_grow_so_that_they_stay_few(monkeypatch: pytest.MonkeyPatch):
     q, k, v = normal((1, 23, 4, WIDTH), 0), normal((1, 23, 2, WIDTH), 1), normal((1, 23, 2, WIDTH), 2)
     layout = layout_of([[12, 9]], 23)
     whole = compiled(q, k, v, layout)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
-    monkeypatch.setattr(attention, "MAX_BLOCKS", 3)
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(blocks, "MAX_BLOCKS", 3)
     jaxpr = jax.make_jaxpr(lambda q, k, v, layout: attend(q, k, v, layout))(q, k, v, layout)
     assert sum("checkpoint" in str(eqn.primitive) or "remat" in str(eqn.primitive) for eqn in jaxpr.eqns) == 3
     patched = jax.jit(lambda q, k, v, layout: attend(q, k, v, layout))

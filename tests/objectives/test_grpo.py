@@ -14,6 +14,7 @@ import pytest
 from r1jax.batch import PackedBatch
 from r1jax.config.correction import Correction, Mode
 from r1jax.models.config import DecoderConfig
+from r1jax.models.execution import Execution
 from r1jax.models.parameters import init_params
 from r1jax.models.transformer import forward, logits
 from r1jax.objectives.grpo import make_policy_loss, policy_metrics
@@ -324,7 +325,7 @@ def test_a_sampler_that_is_off_shows(sequences, now):
 
 @pytest.fixture(scope="module")
 def gradients():
-    statistics = make_statistics(CONFIG, temperature=TEMPERATURE, chunk=11)
+    statistics = make_statistics(CONFIG, Execution(loss_chunk=11), temperature=TEMPERATURE)
 
     @functools.cache
     def make(surrogate: Surrogate):

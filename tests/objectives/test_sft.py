@@ -8,6 +8,7 @@ import pytest
 
 from r1jax.batch import PackedBatch
 from r1jax.models.config import DecoderConfig
+from r1jax.models.execution import Execution
 from r1jax.models.parameters import init_params
 from r1jax.models.transformer import forward, logits
 from r1jax.objectives.sft import make_nll
@@ -62,8 +63,9 @@ ONE_EACH = [[index] for index in range(5)]
 
 
 @functools.cache
-def gradients_of(**options):
-    return jax.jit(jax.value_and_grad(make_nll(CONFIG, **options), has_aux=True))
+def gradients_of(by_probability: bool = False, **options):
+    loss = make_nll(CONFIG, Execution(**options), by_probability=by_probability)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @jax.jit
@@ -119,7 +121,7 @@ def test_against_transformers_loss(params):
 def test_packing_padding_and_chunks_change_nothing(params, rows):
     """One document a row, all in one row, or in another order beside an empty row; more padding; chunks of 7."""
     (loss, sums), gradients = gradients_of()(params, pack(PACKED, TIGHT))
-    (other, other_sums), other_gradients = gradients_of(chunk=7)(params, pack(rows, ROOMY))
+    (other, other_sums), other_gradients = gradients_of(loss_chunk=7)(params, pack(rows, ROOMY))
     np.testing.assert_allclose(other, loss, rtol=1e-5)
     assert other_sums == sums
     assert relative_error(other_gradients, gradients) <= 1e-5
@@ -128,10 +130,10 @@ def test_packing_padding_and_chunks_change_nothing(params, rows):
 def test_what_lies_in_padding_changes_nothing(params):
     """Exactly: padding's tokens and even its positions are read by nothing that is trained."""
     batch = pack(PACKED, ROOMY)
-    expected = gradients_of(chunk=7)(params, batch)
+    expected = gradients_of(loss_chunk=7)(params, batch)
     padding = batch.segment_ids == 0
     batch.tokens[padding], batch.positions[padding] = 17, 3
-    (loss, sums), gradients = gradients_of(chunk=7)(params, batch)
+    (loss, sums), gradients = gradients_of(loss_chunk=7)(params, batch)
     assert (loss, sums) == expected[0]
     assert relative_error(gradients, expected[1]) <= 1e-6
 

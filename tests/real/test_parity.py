@@ -24,7 +24,8 @@ from jax.sharding import SingleDeviceSharding
 from r1jax.batch import Layout
 from r1jax.checkpoints import hf
 from r1jax.models import transformer
-from r1jax.models.attention import attend
+from r1jax.models.attention.backends import Attend
+from r1jax.models.attention.blocks import attend
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import unstack
 from r1jax.models.families import decoder_config
@@ -96,20 +97,22 @@ def their_logits(theirs: Any, tokens: np.ndarray) -> np.ndarray:
         return theirs(torch.from_numpy(tokens).long()).logits.numpy()
 
 
-def our_logits(params: dict[str, Any], tokens: np.ndarray, config: DecoderConfig) -> np.ndarray:
-    """Logits of one document by the training forward, compiled anew so that a patched function counts."""
+def our_logits(params: dict[str, Any], tokens: np.ndarray, config: DecoderConfig, attend: Attend) -> np.ndarray:
+    """Logits of one document by the training forward."""
     positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
     layout = Layout(segment_ids=np.ones_like(tokens), positions=positions)
 
     def run(params: dict[str, Any], tokens: jax.Array, layout: Layout) -> jax.Array:
-        return transformer.logits(params, transformer.forward(params, tokens, layout, config))
+        return transformer.logits(params, transformer.forward(params, tokens, layout, config, attend=attend))
 
     return np.asarray(jax.jit(run)(params, tokens, layout))
 
 
-def check_logits(params: dict[str, Any], tokens: np.ndarray, config: DecoderConfig, theirs: np.ndarray) -> None:
+def check_logits(
+    params: dict[str, Any], tokens: np.ndarray, config: DecoderConfig, theirs: np.ndarray, attend: Attend = attend
+) -> None:
     """Raises unless our logits are those of transformers."""
-    differences = np.abs(our_logits(params, tokens, config) - theirs)
+    differences = np.abs(our_logits(params, tokens, config, attend) - theirs)
     relative, beyond = differences.max() / theirs.std(), (differences > 1e-4).mean()
     logger.info(
         "largest difference %.2e, %.1e of a standard deviation; %.1e beyond", differences.max(), relative, beyond
@@ -138,17 +141,15 @@ def test_check_fails_on_a_mistake(
     params: dict[str, Any],
     tokens: np.ndarray,
     their_logits: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
 ):
     mutated = {
         "rope base": dataclasses.replace(config, rope_theta=config.rope_theta * 1.1),
         "norm eps": dataclasses.replace(config, norm_eps=config.norm_eps / 10),
         "gqa order": config,
     }[mutation]
-    if mutation == "gqa order":
-        monkeypatch.setattr(transformer, "attend", _interleaved_attend)
+    used = _interleaved_attend if mutation == "gqa order" else attend
     with pytest.raises(AssertionError) as failure:
-        check_logits(params, tokens, mutated, their_logits)
+        check_logits(params, tokens, mutated, their_logits, used)
     found = re.match(r"logits differ by ([\d.]+)", str(failure.value))
     assert found and float(found.group(1)) > 10 * TOLERANCE
 
@@ -173,5 +174,5 @@ def test_greedy_tokens_equal_transformers(
     assert len(expected) == NEW_TOKENS and len(set(expected)) > 16
     assert generate_greedily(params, tokens, config) == expected
     # The training forward chooses each of them too, given those before it.
-    chosen = our_logits(params, whole[:, :-1], config)[0].argmax(-1)
+    chosen = our_logits(params, whole[:, :-1], config, attend)[0].argmax(-1)
     assert chosen[LENGTH - 1 :].tolist() == expected

@@ -20,7 +20,6 @@ from r1jax.models.families import decoder_config
 from r1jax.models.parameters import abstract_params
 from r1jax.models.transformer import forward, output_kernel
 from r1jax.objectives.cross_entropy import token_logprobs
-from r1jax.objectives.vocabulary import default_chunk
 from r1jax.rollout.engine import EmbeddedEngine
 from r1jax.rollout.settings import SamplingSettings
 from r1jax.sharding.mesh import make_mesh
@@ -55,8 +54,8 @@ def prompts(assets: Path, smollm2: Path) -> list[list[int]]:
 @partial(jax.jit, static_argnames=("config", "temperature"))
 def row_logprobs(params: Any, tokens: Any, layout: Layout, config: DecoderConfig, temperature: float) -> Any:
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    kernel, chunk = output_kernel(params), default_chunk(config.vocab_size)
-    found, _ = token_logprobs(forward(params, tokens, layout, config), kernel, targets, chunk, temperature=temperature)
+    kernel = output_kernel(params)
+    found, _ = token_logprobs(forward(params, tokens, layout, config), kernel, targets, temperature=temperature)
     return jnp.pad(found[:, :-1], ((0, 0), (1, 0)))
 
 

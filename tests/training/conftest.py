@@ -13,6 +13,7 @@ from r1jax.data.batches import build_batch
 from r1jax.data.packing import make_plan
 from r1jax.data.tokenized import TokenizedRows
 from r1jax.models.config import DecoderConfig
+from r1jax.models.execution import Execution
 from r1jax.models.transformer import RematPolicy
 from r1jax.objectives.reductions import token_mean
 from r1jax.objectives.sft import Loss, make_nll
@@ -88,6 +89,6 @@ def laid_out(decoder: DecoderConfig) -> Callable[..., tuple[StateLayout, Loss]]:
         layout = lay_out(decoder, optim, make_mesh(MeshConfig(**shape), devices), stage)
         # A chunk that does not divide a device's tokens.
         constrain = make_constrain(layout.mesh, layout.specs)
-        return layout, make_nll(decoder, remat=remat, constrain=constrain, mesh=layout.mesh, chunk=20)
+        return layout, make_nll(decoder, Execution(remat=remat, constrain=constrain, mesh=layout.mesh, loss_chunk=20))
 
     return make

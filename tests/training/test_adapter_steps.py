@@ -16,6 +16,7 @@ from r1jax.config.lora import LoraConfig
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.optimizer import OptimizerConfig
 from r1jax.models import lora as adapters
+from r1jax.models.execution import Execution
 from r1jax.models.parameters import abstract_params, init_params
 from r1jax.objectives.sft import make_nll
 from r1jax.optimizer import make_schedule
@@ -50,10 +51,8 @@ def make(decoder) -> Any:
     def made(shape: dict[str, int], stage: int, lora: LoraConfig = LORA, dtype: str = "float32") -> Case:
         mesh = make_mesh(MeshConfig(**shape), jax.devices()[: int(np.prod(list(shape.values())))])
         layout = lay_out(decoder, OPTIMIZER, mesh, stage, lora, dtype)
-        loss = make_nll(
-            decoder, dtype=dtype, constrain=make_constrain(mesh, layout.specs), mesh=mesh, chunk=20,
-            adapter_dropout=lora.lora_dropout,
-        )  # fmt: skip
+        how = Execution(dtype=dtype, constrain=make_constrain(mesh, layout.specs), mesh=mesh, loss_chunk=20)
+        loss = make_nll(decoder, how, adapter_dropout=lora.lora_dropout)
         base = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(decoder, jax.random.key(0)))
         frozen = adapters.with_scale(base, lora, lambda depth: adapters.scales(lora, depth))
         state = start_state(fresh_adapter(decoder, lora, 1, layout), OPTIMIZER, layout)
@@ -156,8 +155,9 @@ def test_no_gradient_of_a_frozen_matrix_is_computed(make, batches, decoder) -> N
     few = LoraConfig(use_peft=True, lora_r=1, lora_target_modules=("v_proj",), lora_dropout=0.0)
     case = make(ONE, 0, few)
     full = lay_out(decoder, OPTIMIZER, case.layout.mesh, 0)
-    whole_loss = make_nll(decoder, constrain=make_constrain(full.mesh, full.specs), mesh=full.mesh)
-    loss = make_nll(decoder, constrain=make_constrain(full.mesh, case.layout.specs), mesh=full.mesh)
+    whole_loss = make_nll(decoder, Execution(constrain=make_constrain(full.mesh, full.specs), mesh=full.mesh))
+    constrain = make_constrain(full.mesh, case.layout.specs)
+    loss = make_nll(decoder, Execution(constrain=constrain, mesh=full.mesh))
 
     def flops(layout: StateLayout, loss: Any) -> float:
         gradients = make_gradients(loss, layout)

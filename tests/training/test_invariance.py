@@ -77,7 +77,7 @@ def lay_down(layout: Layout) -> tuple[list[StepRows], int]:
     for at in range(STEPS):
         length, width, rows = layout(list(range(at * DOCUMENTS, (at + 1) * DOCUMENTS)))
         assert sorted(one for row in rows for one in row) == list(range(at * DOCUMENTS, (at + 1) * DOCUMENTS))
-        fields = {"num_micro_batches": len(rows) // width, "num_tokens": 0, "epoch": 0}
+        fields = {"num_micro_batches": len(rows) // width, "num_tokens": 0, "epoch": 0, "max_segments": 8}
         steps.append(StepRows(row_length=length, rows=tuple(map(tuple, rows)), **fields))
     return steps, width
 

@@ -10,6 +10,7 @@ from r1jax import optimizer
 from r1jax.batch import PackedBatch
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.optimizer import OptimizerConfig
+from r1jax.models.execution import Execution
 from r1jax.objectives.sft import make_nll
 from r1jax.optimizer import make_schedule
 from r1jax.sharding.constraints import make_constrain
@@ -121,7 +122,7 @@ def test_work_is_shared_by_all_devices(decoder):
         devices = jax.devices()[: shape["mesh_fsdp"]]
         layout = lay_out(large, OPTIMIZER, make_mesh(MeshConfig(**shape), devices), 3)
         constrain = make_constrain(layout.mesh, layout.specs)
-        loss = make_nll(large, constrain=constrain, mesh=layout.mesh, chunk=chunk)
+        loss = make_nll(large, Execution(constrain=constrain, mesh=layout.mesh, loss_chunk=chunk))
         step = jax.jit(make_gradients(loss, layout), in_shardings=(layout.shardings.params, layout.batch))
         analysis = step.lower(layout.abstract.params, shapes).compile().cost_analysis()
         assert analysis is not None

@@ -1,0 +1,1 @@
+"""The benchmark for a machine with one GPU: `python -m bench.gpu`."""

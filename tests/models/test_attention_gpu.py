@@ -1,0 +1,42 @@
+"""Attention kernels on a real GPU (`JAX_PLATFORMS=cuda,cpu pytest -m gpu tests/models`), bfloat16 beside float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.models.attention import blocks, cudnn, pallas
+from r1jax.models.attention.backends import device_of, why_not
+from tests.models.test_attention import layout_of, normal
+from tests.models.test_attention_backends import assert_same, results
+
+pytestmark = pytest.mark.gpu
+ROWS = {
+    "one document": [[1024]],
+    "several": [[1, 127, 128, 300, 5], [400], [561]],
+    "full, odd": [[333, 700], [1033]],
+    "a row of padding": [[64, 65], []],
+}
+KERNELS = {"cudnn": cudnn.attend, "pallas": pallas.attend}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", ROWS)
+def test_packed_equals_plain_attention(rows: str, group: int, width: int, name: str):
+    """Output and gradients within 1 % of the norm: bfloat16 has 8 bits, and each side rounds its weights."""
+    device = device_of(jax.devices("gpu")[0])
+    if reason := why_not(name, device, "bfloat16", width):
+        pytest.skip(reason)
+    lengths = ROWS[rows]
+    length = max(map(sum, lengths))
+    layout = jax.tree.map(jnp.asarray, layout_of(lengths, length)).counted(8)
+    shapes = [(len(lengths), length, n, width) for n in (8, 8 // group, 8 // group, 8)]
+    arrays = [jnp.asarray(normal(shape, seed), jnp.bfloat16) for seed, shape in enumerate(shapes)]
+    inside = (layout.segment_ids > 0)[..., None, None]
+    arrays[3] = jnp.where(inside, arrays[3], 0)
+    ours = results(KERNELS[name], layout, arrays)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in ours)
+    wide = [leaf.astype(jnp.float32) for leaf in arrays]
+    assert_same(tuple(map(np.asarray, ours)), tuple(map(np.asarray, results(blocks.attend, layout, wide))), 1e-2)

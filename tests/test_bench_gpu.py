@@ -1,0 +1,76 @@
+"""bench.gpu: its arithmetic, and that every part of it runs where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.gpu.cases import CASES, GPU, case_named, packed
+from bench.gpu.report import cells, markdown, write_table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_operations_and_bytes_by_hand():
+    """Qwen2.5-1.5B: 1.54e9 weights that tokens are multiplied with; 28 layers x 12 heads x 128; 8,192 keys at most."""
+    case = case_named("qwen2.5-1.5b sft 1x8k")
+    layer = 1536 * (2 * 1536 + 2 * 256) + 3 * 1536 * 8960
+    weights = 28 * layer + 151_936 * 1536
+    assert case.flops_per_token == 6 * weights + 12 * 28 * 12 * 128 * 8193 / 2
+    assert case.flops_per_token == pytest.approx(11.4e9, rel=0.01)
+    decode = case_named("qwen2.5-1.5b decode 256x1024")
+    own_and_shared = 28 * 2 * 256 * (1025 / 2 + 256 / 8)
+    assert decode.bytes_per_token_drawn == pytest.approx(2 * (weights / 256 + own_and_shared))
+
+
+def test_rows_are_full_of_documents():
+    case = case_named("qwen3-0.6b sft 1x8k of 8 documents")
+    assert case.lengths == [4096, 2048, 1024, 512, 256, 128, 64, 64]
+    fields = packed(case)
+    assert fields["segment_ids"].max() == 8 and fields["segment_ids"].min() == 1
+    starts = np.flatnonzero(fields["positions"][0] == 0)
+    assert starts.tolist() == np.cumsum([0, *case.lengths[:-1]]).tolist()
+
+
+def test_cases_have_names_of_their_own():
+    assert len({case.name for case in CASES}) == len(CASES)
+    lengths = {case.row_length for case in CASES if case.group == GPU and case.kind == "sft"}
+    assert lengths == {4096, 8192, 16_384, 32_768}
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path: Path):
+    nothing = {"status": "timed out", "best": None, "all": []}
+    row = {"case": "one", "num_tokens": 8, "flops_per_token": 1e9, "ratio": None, "r1jax": nothing, "torch": nothing}
+    assert cells(row, {}) == ["one", "-", "-", "-", "-", "- / -", "-", " / ", "r1jax timed out; torch timed out"]
+    ours = {"tokens_per_second": 98_900.0, "compile_seconds": 20.0, "peak_memory_bytes": 2**31, "setting": {}}
+    there = row | {"r1jax": {"status": "ok", "best": ours, "all": [ours]}}
+    limits = {"device_kind": "NVIDIA H100 80GB HBM3", "matmul_flops_per_second": 7.9e14}
+    assert cells(there, limits)[:4] == ["one", "98,900", "10.0% MFU", "-"]
+    about = {"device": "NVIDIA H100", "date": "2026-01-01", "commit": "abc", "python": "3.12"}
+    found = {**about, "ceilings": limits, "cases": [there]}
+    assert "matmul_flops_per_second 790.0 T" in markdown([found])
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "nvidia-h100-2026-01-01.json").write_text(json.dumps(found))
+    page = tmp_path / "docs" / "performance.md"
+    page.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
+    write_table(tmp_path)
+    assert page.read_text().startswith("before\n<!-- measured: begin -->\n**NVIDIA H100**")
+    assert page.read_text().endswith("|\n<!-- measured: end -->\nafter\n")
+
+
+@pytest.mark.integration
+def test_all_of_it_runs_on_a_cpu(tmp_path: Path):
+    """Both sides of an update, of GRPO's and of a decode, and the parts; without what a GPU machine lacks."""
+    for absent in ("grain", "datasets", "tensorboardX", "math_verify", "trl"):
+        (tmp_path / f"{absent}.py").write_text("raise ImportError('not on a GPU machine')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for words in (["--smoke"], ["--smoke", "--parts", "--case", "smoke sft"]):
+        command = [sys.executable, "-m", "bench.gpu", *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert "failed" not in done.stdout and "timed out" not in done.stdout
