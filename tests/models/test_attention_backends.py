@@ -66,48 +66,53 @@ def test_kernels_equal_plain_attention(case: str, name: str):
     assert_same(results(INTERPRETED[name], layout, arrays), results(blocks.attend, layout, arrays), 1e-5)
 
 
+@jax.jit
+def over_documents(q: jax.Array, k: jax.Array, v: jax.Array, document: jax.Array, key_at: jax.Array) -> jax.Array:
+    """Causal attention within each document over the buffers of all rows, in which query i is of document[i] (0: none)
+    and its own key is number key_at[i]; not-a-number where there is no document."""
+    q, *kv = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in (q, k, v))
+    k, v = (jnp.repeat(leaf, q.shape[1] // leaf.shape[1], axis=1)[key_at] for leaf in kv)
+    later = jnp.arange(len(document))[:, None] >= jnp.arange(len(document))
+    sees = (document[:, None] == document) & later
+    scores = jnp.where(sees, jnp.einsum("tnh,snh->nts", q, k) * q.shape[-1] ** -0.5, -1e30)
+    out = jnp.einsum("nts,snh->tnh", jax.nn.softmax(scores), v)
+    return jnp.where(document[:, None, None] > 0, out, jnp.nan)
+
+
 def cudnn_by_contract(written: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    """What cuDNN computes of the lengths and offsets that JAX hands it, with not-a-number wherever it writes nothing:
-    documents lie one behind the other in one buffer, each at its offset in elements."""
+    """What cuDNN computes of the lengths and offsets that JAX hands it: documents lie one behind the other in one
+    buffer, each at its offset in elements. written: what it leaves of a gradient where it writes nothing."""
     module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 
-    def segments(q: jax.Array, k: jax.Array, lengths: jax.Array, offsets: jax.Array | None) -> list[tuple[int, ...]]:
-        """(first query, first key, tokens) of each document in the buffers of all rows."""
+    def places(q: jax.Array, k: jax.Array, lengths: jax.Array, offsets: jax.Array | None) -> tuple[np.ndarray, ...]:
+        """`over_documents`' last two."""
         rows, length, heads, width = q.shape
-        if offsets is None:
-            return [(row * length, row * length, int(lengths[row])) for row in range(rows)]
-        fixed = module._fix_seqlen_offsets(lengths, lengths, offsets, offsets, q, k)
-        counts, _, of_q, of_k = (np.asarray(leaf).ravel() for leaf in fixed)
-        strides = heads * width, k.shape[2] * width
-        return [(int(of_q[i]) // strides[0], int(of_k[i]) // strides[1], int(n)) for i, n in enumerate(counts) if n > 0]
-
-    def computed(q: jax.Array, k: jax.Array, v: jax.Array, places: list[tuple[int, ...]], scale: float) -> jax.Array:
-        flat = [leaf.reshape(-1, *leaf.shape[2:]) for leaf in (q, k, v)]
-        flat[1:] = [jnp.repeat(leaf, q.shape[2] // leaf.shape[1], axis=1) for leaf in flat[1:]]
-        out = jnp.full(flat[0].shape, jnp.nan)
-        for at, key_at, n in places:
-            queries, keys, values = (
-                leaf[start : start + n] for leaf, start in zip(flat, (at, key_at, key_at), strict=True)
-            )
-            scores = jnp.einsum("tnh,snh->nts", queries, keys) * scale
-            weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((n, n), bool)), scores, -jnp.inf))
-            out = out.at[at : at + n].set(jnp.einsum("nts,snh->tnh", weights, values))
-        return out.reshape(q.shape)
+        starts = np.arange(rows) * length
+        of_q, of_k, counts = starts, starts, np.asarray(lengths).ravel()
+        if offsets is not None:
+            fixed = module._fix_seqlen_offsets(lengths, lengths, offsets, offsets, q, k)
+            counts, _, of_q, of_k = (np.asarray(leaf).ravel() for leaf in fixed)
+            of_q, of_k = of_q // (heads * width), of_k // (k.shape[2] * width)
+        document, key_at = np.zeros((2, rows * length), np.int32)
+        for number, (at, key, n) in enumerate(zip(of_q, of_k, counts, strict=False), 1):
+            document[at : at + n], key_at[at : at + n] = number, np.arange(key, key + n)
+        return document, key_at
 
     def entry(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
         assert mask_type == module.MaskType.PADDING_CAUSAL
-        np.testing.assert_array_equal(q_seqlen, kv_seqlen)
-        places = segments(q, k, q_seqlen, q_offsets)
+        assert scale == q.shape[-1] ** -0.5
+        assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
+        where = places(q, k, q_seqlen, q_offsets)
 
         @jax.custom_vjp
-        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return computed(q, k, v, places, scale)
+        def attention(*given: jax.Array) -> jax.Array:
+            return over_documents(*given, *where).reshape(q.shape)
 
         def forward(*given: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             return attention(*given), given
 
         def backward(given: tuple[jax.Array, ...], out_grad: jax.Array) -> tuple[jax.Array, ...]:
-            pull = jax.vjp(lambda *given: jnp.nan_to_num(computed(*given, places, scale)), *given)[1]
+            pull = jax.vjp(lambda *given: over_documents(*given, *where).reshape(q.shape), *given)[1]
             return tuple(written(leaf) for leaf in pull(out_grad))
 
         attention.defvjp(forward, backward)
