@@ -136,7 +136,7 @@ def test_random_draws_are_of_seed_step_and_micro_batch(decoder, one, first, batc
     layout, _ = one
 
     def drawing(params, micro_batch, key=None):
-        value = sum(jax.numpy.vdot(leaf, leaf) for leaf in jax.tree.leaves(params))
+        value = sum((jax.numpy.vdot(leaf, leaf) for leaf in jax.tree.leaves(params)), jax.numpy.zeros(()))
         drawn = 0.0 if key is None else jax.random.uniform(key)
         return value, {"drawn": jax.numpy.asarray(drawn), "squared": jax.numpy.asarray(drawn) ** 2}
 
