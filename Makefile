@@ -46,11 +46,15 @@ format: .venv/.test
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
+# These compile far more than they compute: LLVM's optimisations would be half of their time (XLA's own are on). What
+# users run is compiled by quickstart and test-real. A file's tests share models and programs, so one worker runs them.
+PYTEST := JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	.venv/bin/python -m pytest -n 2
+	$(PYTEST)
 
 test-integration: .venv/.test
-	.venv/bin/python -m pytest -n 2 -m "integration and not slow and not gpu"
+	$(PYTEST) -m "integration and not slow and not gpu"
 
 $(SMOLLM2): | .venv/.test
 	@test -n "$(R1JAX_TEST_ASSETS)" || { echo "R1JAX_TEST_ASSETS: need the folder with tools/make_smollm2.py and data/, got nothing; set it" >&2; exit 2; }

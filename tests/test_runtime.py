@@ -41,10 +41,15 @@ def measure(*arguments: str, **environment: str) -> dict:
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
-def test_float32_products_and_a_compilation_cache_of_the_user():
-    measured = measure(HOME="/nonexistent")
-    assert measured["precision"] == "highest"
-    assert measured["cache"] == "/nonexistent/.cache/r1jax/compiled"
+@pytest.fixture(scope="module")
+def configured() -> dict:
+    """Of a process whose user has another home, and nothing else of its own."""
+    return measure(HOME="/nonexistent")
+
+
+def test_float32_products_and_a_compilation_cache_of_the_user(configured):
+    assert configured["precision"] == "highest"
+    assert configured["cache"] == "/nonexistent/.cache/r1jax/compiled"
 
 
 def test_the_environment_names_the_compilation_cache(tmp_path):
@@ -52,9 +57,9 @@ def test_the_environment_names_the_compilation_cache(tmp_path):
 
 
 @pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="only glibc's malloc can be told")
-def test_temporary_memory_is_kept_between_steps():
+def test_temporary_memory_is_kept_between_steps(configured):
     """64 MiB are 16384 pages a step: all of them are fresh in the plain process, next to none after configure."""
-    plain, kept = measure("plain"), measure()
+    plain, kept = measure("plain"), configured
     assert plain["temporary"] == kept["temporary"] == 2**26
     assert plain["faults"] > 10_000
     assert kept["faults"] < 1_000

@@ -1,5 +1,6 @@
 """Recipes changed at random: each is either valid or refused in one line that names the field, never a traceback."""
 
+import copy
 import math
 import random
 import re
@@ -12,7 +13,7 @@ from r1jax import train
 from r1jax.config import schema
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
 MUTATIONS = 500
 PARTS = 10
 VALUES = [
@@ -24,7 +25,7 @@ VALUES = [
 
 def change(recipe: dict, draw: random.Random) -> dict:
     """The recipe with up to three things changed, as people and merges change them."""
-    changed = dict(recipe)
+    changed = copy.deepcopy(recipe)
     for _ in range(draw.choice([0, 1, 1, 1, 2, 3])):
         names = list(changed) or ["task"]
         name, known = draw.choice(names), draw.choice(list(schema.keys()))
@@ -70,7 +71,7 @@ def test_changed_recipes(part: int, tmp_path: Path, capsys: pytest.CaptureFixtur
     draw = random.Random(part)
     outcomes = {0: 0, 2: 0}
     for number in range(MUTATIONS // PARTS):
-        recipe = change(yaml.safe_load(draw.choice(RECIPES).read_text()), draw)
+        recipe = change(draw.choice(RECIPES), draw)
         file = tmp_path / f"{number}.yaml"
         file.write_bytes(damage(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), draw))
         code = train.main(["--config", str(file), "--dry_run"])

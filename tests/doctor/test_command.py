@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from r1jax.doctor.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +112,7 @@ def test_two_processes_with_one_folder():
     assert "r1jax doctor" in out and "r1jax doctor" not in other
 
 
+@pytest.mark.integration
 def test_two_processes_with_different_numbers_of_devices():
     port = free_port()
     for code, findings, err in map(finish, [start("--json", environ=place(port, n, devices=2 + n)) for n in range(2)]):
@@ -118,6 +121,7 @@ def test_two_processes_with_different_numbers_of_devices():
         assert bad["found"] == "2 with process 0, 3 with process 1"
 
 
+@pytest.mark.integration
 def test_two_processes_that_see_other_folders_and_times(tmp_path: Path):
     port = free_port()
     arguments = ("--output_dir", "out", "--json")

@@ -1,6 +1,7 @@
 """GRPO with use_peft: the reference is the model without its adapter, samples come from the merged weights."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from tests.grpo.world import metrics, recipe
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "random_init": None}
 SAVES = {"save_strategy": "steps", "save_steps": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimised() -> Iterator[None]:
+    """Programs as runs compile them: without LLVM's optimisations (`make test`) the update rounds otherwise than the
+    scores, and what is 0 to the bit is 2e-15."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

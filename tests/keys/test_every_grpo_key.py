@@ -22,6 +22,8 @@ BINARY = {"reward_funcs": ["tiny_rewards:even", "tiny_rewards:likes_w3"]}
 CURRICULUM = {**BINARY, "prompt_curriculum": "pass_rate"}
 COSINE = {"reward_funcs": ["cosine"]}
 REPETITION = {"reward_funcs": ["repetition_penalty"]}
+# On beside one another: numbers change then and no program. Each by itself: rollout/test_distribution.py.
+SAMPLED = {"top_p": 0.95, "top_k": 12, "min_p": 0.01, "repetition_penalty": 1.1}
 OVERLONG = {"reward_funcs": ["soft_overlong_punishment"]}
 
 CASES: dict[str, Case] = {
@@ -66,10 +68,10 @@ CASES: dict[str, Case] = {
     "max_prompt_length": at(plan, 2),
     "max_completion_length": at(batch, 4),
     "temperature": at(batch, 0.7),
-    "top_p": at(batch, 0.5),
-    "top_k": at(batch, 3),
-    "min_p": at(batch, 0.3),
-    "repetition_penalty": at(batch, 1.5),
+    "top_p": at(batch, 0.5, **SAMPLED),
+    "top_k": at(batch, 3, **SAMPLED),
+    "min_p": at(batch, 0.3, **SAMPLED),
+    "repetition_penalty": at(batch, 1.5, **SAMPLED),
     "shuffle_dataset": at(plan, False),
     "log_completions": at(run, True, max_steps=2),
     "num_completions_to_print": at(run, 3, max_steps=2, log_completions=True),

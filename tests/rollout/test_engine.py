@@ -116,11 +116,12 @@ def test_log_probabilities_are_the_trainers(configs, trainer_logprobs, family):
 
 
 MESHES = [
-    ({"mesh_fsdp": 8}, 0),
-    ({"mesh_data": 2, "mesh_fsdp": 4}, 1),
-    ({"mesh_fsdp": 4, "mesh_tensor": 2}, 2),
     ({"mesh_fsdp": 8}, 3),
     ({"mesh_data": 2, "mesh_fsdp": 2, "mesh_tensor": 2}, 3),
+    # Of the same axes.
+    pytest.param({"mesh_fsdp": 8}, 0, marks=pytest.mark.integration),
+    pytest.param({"mesh_data": 2, "mesh_fsdp": 4}, 1, marks=pytest.mark.integration),
+    pytest.param({"mesh_fsdp": 4, "mesh_tensor": 2}, 2, marks=pytest.mark.integration),
 ]
 
 

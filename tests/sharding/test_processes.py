@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import jax
+import pytest
 
 from r1jax.sharding.processes import initialize_processes
 
@@ -113,6 +114,7 @@ def test_a_port_that_is_taken():
     assert err.startswith(f"JAX_COORDINATOR_ADDRESS: need a free port on process 0, got {port}: Address already in use")
 
 
+@pytest.mark.integration
 def test_who_fails_does_not_wait_for_the_others():
     """Without `leave` the failed process stays at jaxlib's barrier for as long as the other is at work."""
     works = "import time; time.sleep(10); os._exit(0)"
@@ -156,6 +158,7 @@ def metadata_server(worker: int) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.integration
 def test_the_workers_of_a_tpu_vm_are_found_by_jax():
     """Importing jax on a TPU VM says so in the environment; here it is told to, and lacks only the chips."""
     port = str(free_port())

@@ -134,12 +134,12 @@ def test_work_is_shared_by_all_devices(decoder):
 def test_random_draws_are_of_seed_step_and_micro_batch(decoder, one, first, batch):
     """The loss here is what it draws: the same step draws the same after a resume, another step, seed or micro-batch
     another number; without a seed the loss gets no key."""
-    layout, plain = one
+    layout, _ = one
 
     def drawing(params, micro_batch, key=None):
-        value, sums = plain(params, micro_batch)
+        value = sum((jax.numpy.vdot(leaf, leaf) for leaf in jax.tree.leaves(params)), jax.numpy.zeros(()))
         drawn = 0.0 if key is None else jax.random.uniform(key)
-        return value, sums | {"drawn": jax.numpy.asarray(drawn), "squared": jax.numpy.asarray(drawn) ** 2}
+        return value, {"drawn": jax.numpy.asarray(drawn), "squared": jax.numpy.asarray(drawn) ** 2}
 
     @functools.cache
     def step_of(seed):
