@@ -43,7 +43,9 @@ def attention_part(case: Case, setting: Setting) -> Part:
 
     @jax.jit
     def both(q: Any, k: Any, v: Any) -> Any:
-        return jax.grad(lambda *given: jnp.sum(attend(*given, rows.layout).astype(jnp.float32)), (0, 1, 2))(q, k, v)
+        return jax.grad(
+            lambda *given: jnp.sum(attend(given[0], given[1], given[2], rows.layout).astype(jnp.float32)), (0, 1, 2)
+        )(q, k, v)
 
     per_key = 12 * config.num_heads * config.head_dim
     flops = per_key * mean_visible_keys(case.lengths) * case.num_tokens * config.num_layers

@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,12 +47,12 @@ def case_of(name: str) -> tuple[Layout, list[np.ndarray]]:
 @functools.partial(jax.jit, static_argnames="attend")
 def results(attend: Attend, layout: Layout, arrays: list[jax.Array]) -> tuple[jax.Array, ...]:
     """Output and gradients of q, k, v; the output's padding as 0."""
-    out, pull = jax.vjp(lambda *given: attend(*given, layout), *arrays[:3])
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, layout), *arrays[:3])
     inside = (layout.segment_ids > 0)[..., None, None]
     return jnp.where(inside, out, 0), *pull(arrays[3])
 
 
-def assert_same(ours: tuple[jax.Array, ...], expected: tuple[jax.Array, ...], tolerance: float) -> None:
+def assert_same(ours: Sequence[Any], expected: Sequence[Any], tolerance: float) -> None:
     for one, other in zip(ours, expected, strict=True):
         difference = np.linalg.norm(np.asarray(one, np.float64) - np.asarray(other, np.float64))
         assert difference <= tolerance * np.linalg.norm(np.asarray(other, np.float64))
@@ -129,7 +129,7 @@ def test_cudnn_is_told_where_documents_lie(case: str, monkeypatch: pytest.Monkey
     inside = (layout.segment_ids > 0)[..., None, None]
     entry = cudnn_by_contract(lambda leaf: jnp.where(inside, leaf, jnp.nan))
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.dot_product_attention", entry)
-    out, pull = jax.vjp(lambda *given: cudnn.attend(*given, layout), *map(jnp.asarray, arrays[:3]))
+    out, pull = jax.vjp(lambda q, k, v: cudnn.attend(q, k, v, layout), *map(jnp.asarray, arrays[:3]))
     assert not np.asarray(out)[np.asarray(layout.segment_ids) == 0].any()
     assert_same((out, *pull(jnp.asarray(arrays[3]))), results(blocks.attend, layout, arrays), 1e-5)
 
@@ -166,7 +166,7 @@ def test_eight_devices_equal_one(shape: tuple[int, ...], kv_heads: int):
     shapes = [(8, 16, n, 8) for n in (4, kv_heads, kv_heads, 4)]
     arrays = [jnp.asarray(normal(shape, seed)) for seed, shape in enumerate(shapes)]
     arrays[3] = jnp.where((layout.segment_ids > 0)[..., None, None], arrays[3], 0)
-    spread_out = spread(lambda *given: blocks.attend(*given), mesh, ("fsdp", "data"))
+    spread_out = spread(blocks.attend, mesh, ("fsdp", "data"))
     assert_same(results(spread_out, layout, arrays), results(blocks.attend, layout, arrays), 1e-6)
 
 
