@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from r1jax.data.plan_store import find_or_pack
 from r1jax.data.splits import load_split
 from r1jax.data.stream_mixture import SplitRows
 from r1jax.data.tokenized import TokenizedRows, tokenise
+from r1jax.models.attention.backends import COUNTING
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
 from r1jax.objectives.reductions import token_mean, token_sum
 from r1jax.objectives.sft import make_nll, nll_metrics
@@ -151,11 +153,14 @@ def tokenise_splits(
     return train, held_out
 
 
-def device_batches(rows: Rows, layout: StateLayout, weigh: Weigh, start: int) -> Iterator[tuple[int, PackedBatch]]:
+def device_batches(
+    rows: Rows, layout: StateLayout, weigh: Weigh, start: int, *, counts_documents: bool = False
+) -> Iterator[tuple[int, PackedBatch]]:
     """(step, batch on the devices) from step `start`; this process builds the rows of its own devices only."""
     num_rows = rows.plan.rows_per_micro_batch
     mine = local_rows(layout.batch, num_rows)
-    with BatchStream(rows.tokenized, rows.plan, weigh=weigh, local_rows=mine, start_step=start) as stream:
+    about = {"local_rows": mine, "counts_documents": counts_documents, "start_step": start}
+    with BatchStream(rows.tokenized, rows.plan, weigh=weigh, **about) as stream:
         for step, batch in stream:
             yield step, to_devices(batch, layout.batch, num_rows, mine)
 
@@ -188,10 +193,15 @@ def train_model(
     """(the final state, updates done)."""
     plan = train.plan
     step, eval_step = make_steps(config, source, layout, plan.num_steps)
+    batches_of = functools.partial(
+        device_batches,
+        layout=layout,
+        counts_documents=backend_of(config, source.decoder, layout) in COUNTING,
+    )
 
     def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
         del now  # what is trained on does not depend on the policy
-        for index, batch in device_batches(train, layout, token_mean, int(state.step)):
+        for index, batch in batches_of(train, weigh=token_mean, start=int(state.step)):
             rows = plan.step(index)
             lengths = [int(plan.lengths[sequence]) for row in rows.rows for sequence in row]
             per_token = train_flops_per_token(source.decoder, mean_visible_keys(lengths), config.model.adapter)
@@ -199,7 +209,7 @@ def train_model(
 
     def measure(state: TrainState) -> dict[str, float]:
         assert held_out is not None
-        batches = (batch for _, batch in device_batches(held_out, layout, token_sum, 0))
+        batches = (batch for _, batch in batches_of(held_out, weigh=token_sum, start=0))
         return keeper.measured(int(state.step), evaluate(state.model, batches, eval_step))
 
     if config.reporting.eval_on_start and held_out is not None and int(state.step) == 0:

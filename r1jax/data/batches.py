@@ -19,7 +19,8 @@ class BatchStream:
     """Iterator of (step, batch) from `start_step` to the plan's end; batches are numpy [A, local rows, T].
 
     `local_rows` are the rows of each micro-batch that this process builds, of the plan's B. The weights are computed
-    over the whole step, other processes' rows included, so that everywhere they are the same. Close it, or use it as
+    over the whole step, other processes' rows included, so that everywhere they are the same. For counts_documents see
+    `build_batch`. Close it, or use it as
     a context manager: that ends the threads.
     """
 
@@ -30,12 +31,14 @@ class BatchStream:
         *,
         weigh: Weigh,
         local_rows: Sequence[int],
+        counts_documents: bool = False,
         start_step: int = 0,
         num_threads: int = 2,
         num_prefetched: int = 4,
     ) -> None:
         def build(step: int) -> tuple[int, PackedBatch]:
-            return step, build_batch(tokenized, plan.step(step), plan.rows_per_micro_batch, weigh, local_rows)
+            rows, width = plan.step(step), plan.rows_per_micro_batch
+            return step, build_batch(tokenized, rows, width, weigh, local_rows, counts_documents=counts_documents)
 
         steps = grain.MapDataset.source(range(start_step, plan.num_steps)).map(build)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_prefetched)
@@ -64,9 +67,19 @@ class BatchStream:
 
 
 def build_batch(
-    tokenized: TokenizedRows, step: StepRows, rows_per_micro_batch: int, weigh: Weigh, local_rows: Sequence[int]
+    tokenized: TokenizedRows,
+    step: StepRows,
+    rows_per_micro_batch: int,
+    weigh: Weigh,
+    local_rows: Sequence[int],
+    *,
+    counts_documents: bool = False,
 ) -> PackedBatch:
-    """One step's micro-batches as numpy arrays [A, local rows, row length]; padding is 0 in every field."""
+    """One step's micro-batches as numpy arrays [A, local rows, row length]; padding is 0 in every field.
+
+    counts_documents: the batch says how many documents its rows have at most, for an attention that must know. Others
+    would compile anew, for nothing, where that changes.
+    """
     sequences = [sequence for row in step.rows for sequence in row]
     weights = weigh(tokenized.loss_tokens[sequences].astype(np.float64))
     weight_of = dict(zip(sequences, weights.tolist(), strict=True))
@@ -77,7 +90,7 @@ def build_batch(
         segment_ids=np.zeros(shape, np.int32),
         loss_mask=np.zeros(shape, np.int32),
         loss_weight=np.zeros(shape, np.float32),
-        max_segments=step.max_segments,
+        max_segments=step.max_segments if counts_documents else 0,
     )
     for micro_batch in range(step.num_micro_batches):
         for at, row in enumerate(local_rows):

@@ -1,5 +1,6 @@
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,6 +48,21 @@ def test_a_batch_by_hand(make_rows):
     assert {field: getattr(batch, field).dtype for field in FIELDS} == dict.fromkeys(FIELDS[:4], np.int32) | {
         "loss_weight": np.float32
     }
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_batches_say_how_many_documents_rows_have_if_asked(make_rows, packing):
+    """Packed, rows have up to twelve: 32, of all rows. Else a step has eight sequences, which one row holds: 8."""
+    rows = make_rows([24] * 16 + [2] * 80)
+    plan = some_plan(rows, packing=packing, max_length=24, shuffle=False)
+    assert {batch.max_segments for batch in batches(rows, plan).values()} == {0}
+    counted = batches(rows, plan, counts_documents=True)
+    assert {batch.max_segments for batch in counted.values()} == ({32} if packing else {8})
+    assert max(batch.segment_ids.max() for batch in counted.values()) == (12 if packing else 8)
+    layout = jax.tree.map(lambda leaf: leaf[0], counted[plan.num_steps - 1]).layout
+    numbers = range(1, 1 + counted[0].max_segments)
+    expected = [[(row == number).sum() for number in numbers] for row in layout.segment_ids]
+    np.testing.assert_array_equal(layout.lengths, expected)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -17,6 +17,8 @@ Attend = Callable[[Array, Array, Array, Layout], Array]
 is finite and read by nobody."""
 Backend = Literal["xla", "cudnn", "pallas", "splash"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+COUNTING: tuple[Backend, ...] = ("cudnn",)
+"""Those that must be told how many documents a row has at most (`PackedBatch.max_segments`)."""
 
 
 class Device(NamedTuple):
