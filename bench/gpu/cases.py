@@ -86,6 +86,11 @@ class Case:
         return self.rows * self.row_length
 
     @property
+    def num_rounds(self) -> int:
+        """Rounds that are timed."""
+        return 1 if self.group == SMOKE else 5
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of the documents of each row: halves, the last one what is left."""
         left, lengths = self.row_length, []
@@ -153,7 +158,7 @@ CASES: tuple[Case, ...] = (
     _decode("qwen2.5-7b", QWEN2_5_7B, 64, 8),
     *(
         Case(
-            name=f"smoke {kind}", kind=kind, group=SMOKE, hf_config=TINY, rows=2, row_length=128, documents=3,
+            name=f"smoke {kind}", kind=kind, group=SMOKE, hf_config=TINY, rows=1, row_length=64, documents=3,
             settings=(KEEP, LESS),
         )
         for kind in ("sft", "grpo")

@@ -96,7 +96,7 @@ def measure_update(case: Case, setting: Setting) -> Row:
             told[:] = [metrics]
         jax.block_until_ready(held[0].step)
 
-    seconds = rounds(run)
+    seconds = rounds(run, case.num_rounds)
     memory = compiled.memory_analysis()
     found = {
         "tokens_per_second": case.num_tokens / seconds.median,
@@ -128,7 +128,7 @@ def measure_decode(case: Case, setting: Setting) -> Row:
     started = time.perf_counter()
     run(1)
     first = time.perf_counter() - started
-    seconds = rounds(run)
+    seconds = rounds(run, case.num_rounds)
     return {
         "tokens_per_second": case.num_tokens / seconds.median,
         "step_seconds": seconds.all,

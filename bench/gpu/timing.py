@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 ROUND_SECONDS = 1.5
-NUM_ROUNDS = 5
 
 
 class Seconds(NamedTuple):
@@ -20,7 +19,7 @@ class Seconds(NamedTuple):
         return statistics.median(self.all)
 
 
-def rounds(run: Callable[[int], None], num_rounds: int = NUM_ROUNDS) -> Seconds:
+def rounds(run: Callable[[int], None], num_rounds: int) -> Seconds:
     """run(count) does so many steps and returns when the device has done them. One round warms up; a step that takes
     longer than a round is a round."""
     run(1)

@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> None:
             torch.cuda.reset_peak_memory_stats()
         found: dict[str, Any]
         try:
-            seconds = rounds(make(case, setting).run, 2 if case.kind == "decode" else 5)
+            seconds = rounds(make(case, setting).run, min(case.num_rounds, 2 if case.kind == "decode" else 5))
             found = {"tokens_per_second": case.num_tokens / seconds.median, "step_seconds": seconds.all}
         except torch.OutOfMemoryError as error:
             found = {"out_of_memory": str(error).splitlines()[0]}

@@ -4,7 +4,7 @@
 they are accepted only when they switch their feature off. `RENAMED` keys are refused with the name to use.
 """
 
-_KERNELS = "the loss is computed in tiles of the vocabulary always; attn_implementation names the attention"
+_KERNELS = "the loss comes in tiles always; attn_implementation has attention"
 _PASS_RATE = "only pass-rate filtering reads it, training does not"
 _ROUTER = "open-r1 never passes it to the reward; code runs where code_provider says"
 _LOADER = "grain reads and prefetches rows; dataset_num_proc sets the workers that tokenise"
