@@ -80,11 +80,13 @@ def curve(folder: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rewards = np.asarray([line["reward"] for line in lines if "reward" in line])
     last = [line for line in lines if "entropy" in line][-5:]
+    # Only the first update on a generation tells of it.
+    lengths = [line["completions/mean_length"] for line in lines if "completions/mean_length" in line][-5:]
     around = {f"reward_{part}": len(rewards) * part // 3 for part in (1, 2, 3)}
     return {
         **{name: float(rewards[max(stop - 5, 0) : stop].mean()) for name, stop in around.items()},
         "entropy": float(np.mean([line["entropy"] for line in last])),
-        "mean_length": float(np.mean([line.get("completions/mean_length", np.nan) for line in lines[-5:]])),
+        "mean_length": float(np.mean(lengths)),
     }
 
 
