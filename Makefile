@@ -95,9 +95,10 @@ VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-c
 test-vllm: .venv/.test .venv-vllm/.vllm $(SMOLLM2)
 	.venv/bin/python -m pytest -m vllm tests/vllm
 
-# The tables of docs/zero.md.
+# The tables of docs/zero.md, and the modelled one of docs/performance.md.
 aot-table: .venv-aot/.aot
 	@.venv-aot/bin/python -m tests.aot.table
+	@.venv-aot/bin/python -m tests.aot.updates
 
 bench: .venv/.test
 	.venv/bin/python -m bench.sft --resume

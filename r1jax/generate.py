@@ -29,6 +29,7 @@ from r1jax.checkpoints.hf import read_config
 from r1jax.checkpoints.peft import ModelFolder
 from r1jax.config.errors import at_least, need, require
 from r1jax.config.folders import check_folder
+from r1jax.models.attention.backends import choose, device_of
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import unstack
 from r1jax.models.families import decoder_config
@@ -164,10 +165,13 @@ def open_model(name_or_path: str) -> Model:
 
 def load_sampler(model: Model, dtype: str = "float32") -> Sampler:
     """A sampler with the model's weights on the first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda _: device, abstract_params(model.config))
+    device = jax.local_devices()[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    shardings = jax.tree.map(lambda _: place, abstract_params(model.config))
     params = model.folder.load(model.config, shardings, jnp.dtype(dtype))
-    return Sampler(params=jax.jit(unstack, static_argnames="dtype")(params, dtype), config=model.config)
+    backend = choose(device_of(device), dtype, model.config.head_dim)
+    unstacked = jax.jit(unstack, static_argnames="dtype")(params, dtype)
+    return Sampler(params=unstacked, config=model.config, backend=backend)
 
 
 def _embed(model: Model, args: argparse.Namespace, settings: SamplingSettings, prompts: Prompts) -> Draw:

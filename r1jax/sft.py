@@ -19,7 +19,7 @@ from r1jax.data.plan_store import find_or_pack
 from r1jax.data.splits import load_split
 from r1jax.data.stream_mixture import SplitRows
 from r1jax.data.tokenized import TokenizedRows, tokenise
-from r1jax.models.attention.backends import COUNTING
+from r1jax.models.execution import Execution
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
 from r1jax.objectives.reductions import token_mean, token_sum
 from r1jax.objectives.sft import make_nll, nll_metrics
@@ -31,7 +31,7 @@ from r1jax.training import loop
 from r1jax.training.adapting import about_adapter, check_adapter
 from r1jax.training.cadence import make_cadence
 from r1jax.training.evaluate import evaluate
-from r1jax.training.execution import backend_of, execution_of
+from r1jax.training.execution import execution_of
 from r1jax.training.memory import estimate_memory, out_of_memory_named
 from r1jax.training.opening import begin_writing, opened
 from r1jax.training.order import data_order
@@ -72,7 +72,7 @@ def run(config: RunConfig) -> None:
     layout = lay_out(
         source.decoder, config.optimizer, mesh, config.mesh.zero_stage, adapter, config.model.compute_dtype
     )
-    backend_of(config, source.decoder, layout)
+    how = execution_of(config, source.decoder, layout)
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
     order = data_order(config, data_shards(mesh), train.plan.fingerprint_at)
     with opened(config, source) as opening:
@@ -94,7 +94,7 @@ def run(config: RunConfig) -> None:
             config, source, layout, opening, plan=train.plan, order=order, report=nll_metrics, adapter=about
         )
         with contextlib.closing(keeper.recorder), out_of_memory_named(estimate):
-            state, done = train_model(config, source, layout, train, held_out, state, keeper)
+            state, done = train_model(config, source, layout, how, train, held_out, state, keeper)
             if done == train.plan.num_steps:
                 keeper.finish(done, state)
 
@@ -165,13 +165,15 @@ def device_batches(
             yield step, to_devices(batch, layout.batch, num_rows, mine)
 
 
-def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps: int) -> tuple[TrainStep, EvalStep]:
+def make_steps(
+    config: RunConfig, source: Source, layout: StateLayout, how: Execution, num_steps: int
+) -> tuple[TrainStep, EvalStep]:
     """(an update, an evaluation batch) as the recipe asks for them."""
     noise, lora = config.objective.neftune_noise_alpha or 0.0, config.model.adapter
     dropout = lora.lora_dropout if lora else 0.0
     loss = make_nll(
         source.decoder,
-        execution_of(config, source.decoder, layout),
+        how,
         by_probability=config.objective.loss_type == "dft",
         neftune_noise_alpha=noise,
         adapter_dropout=dropout,
@@ -185,6 +187,7 @@ def train_model(
     config: RunConfig,
     source: Source,
     layout: StateLayout,
+    how: Execution,
     train: Rows,
     held_out: Rows | None,
     state: TrainState,
@@ -192,12 +195,8 @@ def train_model(
 ) -> tuple[TrainState, int]:
     """(the final state, updates done)."""
     plan = train.plan
-    step, eval_step = make_steps(config, source, layout, plan.num_steps)
-    batches_of = functools.partial(
-        device_batches,
-        layout=layout,
-        counts_documents=backend_of(config, source.decoder, layout) in COUNTING,
-    )
+    step, eval_step = make_steps(config, source, layout, how, plan.num_steps)
+    batches_of = functools.partial(device_batches, layout=layout, counts_documents=how.counts_documents)
 
     def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:
         del now  # what is trained on does not depend on the policy

@@ -134,7 +134,7 @@ def _update(model: str, hf_config: dict[str, Any], kind: Any, length: int, rows:
 def _decode(model: str, hf_config: dict[str, Any], rows: int, prompts: int) -> Case:
     return Case(
         name=f"{model} decode {rows}x1024", kind="decode", group=GPU, hf_config=hf_config, rows=rows, row_length=1024,
-        documents=prompts, prompt_length=256,
+        documents=prompts, prompt_length=256, settings=(Setting(), Setting(attention="xla")),
     )  # fmt: skip
 
 

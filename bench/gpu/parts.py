@@ -33,7 +33,7 @@ def attention_part(case: Case, setting: Setting) -> Part:
     """All layers' attention."""
     config, dtype = case.decoder, jnp.dtype(case.dtype)
     layout = lay_out(config, OptimizerConfig(), make_mesh(MeshConfig(), jax.devices()[:1]), zero_stage=0)
-    attend = execution(case, setting, layout)[0].attend
+    attend = execution(case, setting, layout).attend
     rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch_of(case))
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     qkv = [

@@ -23,7 +23,7 @@ from r1jax import optimizer, runtime
 from r1jax.batch import PackedBatch
 from r1jax.config.mesh import MeshConfig
 from r1jax.config.optimizer import OptimizerConfig
-from r1jax.models.attention.backends import choose, device_of, make_attend
+from r1jax.models.attention.backends import Backend, choose, device_of, make_attend
 from r1jax.models.decoding import unstack
 from r1jax.models.execution import Execution
 from r1jax.models.parameters import init_params
@@ -58,25 +58,32 @@ def batch_of(case: Case) -> PackedBatch:
     return PackedBatch(**{name: leaf[None] for name, leaf in leaves.items()}, max_segments=max(8, case.documents))
 
 
-def execution(case: Case, setting: Setting, layout: StateLayout) -> tuple[Execution, str]:
-    """How it is run, and the attention's name."""
-    device = device_of(jax.devices()[0])
-    backend = choose(device, case.dtype, case.decoder.head_dim) if setting.attention == "auto" else setting.attention
+def backend_of(case: Case, setting: Setting) -> Backend:
+    """The attention: what the setting names, or the fastest on this device."""
+    if setting.attention != "auto":
+        return setting.attention
+    return choose(device_of(jax.devices()[0]), case.dtype, case.decoder.head_dim)
+
+
+def execution(case: Case, setting: Setting, layout: StateLayout) -> Execution:
+    """How it is run."""
+    backend = backend_of(case, setting)
     return Execution(
         dtype=case.dtype,
         remat=setting.remat,
+        backend=backend,
         attend=make_attend(backend),
         constrain=make_constrain(layout.mesh, layout.specs),
         mesh=layout.mesh,
         loss_chunk=setting.loss_chunk,
-    ), backend
+    )
 
 
 def measure_update(case: Case, setting: Setting) -> Row:
     """Tokens/s of whole updates, compile time, memory."""
     optim = OptimizerConfig(optim=setting.optim, learning_rate=1e-4, lr_scheduler_type="constant")  # type: ignore[arg-type]
     layout = lay_out(case.decoder, optim, make_mesh(MeshConfig(), jax.devices()[:1]), zero_stage=0)
-    how, backend = execution(case, setting, layout)
+    how = execution(case, setting, layout)
     if case.kind == "sft":
         loss = make_nll(case.decoder, how)
     else:
@@ -103,7 +110,7 @@ def measure_update(case: Case, setting: Setting) -> Row:
         "step_seconds": seconds.all,
         "compile_seconds": compile_seconds,
         "loss": float(told[0]["loss"]),
-        "attention": backend,
+        "attention": how.backend,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
     held.clear()
@@ -112,9 +119,8 @@ def measure_update(case: Case, setting: Setting) -> Row:
 
 def measure_decode(case: Case, setting: Setting) -> Row:
     """Tokens/s of drawing, prompts included; the first call compiles."""
-    del setting
     params = jax.jit(lambda key: unstack(init_params(case.decoder, key), jnp.dtype(case.dtype)))(jax.random.key(0))
-    sampler = Sampler(params=params, config=case.decoder)
+    sampler = Sampler(params=params, config=case.decoder, backend=backend_of(case, setting))
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, case.decoder.vocab_size, (case.documents, case.prompt_length)).tolist()
     settings = SamplingSettings(max_new_tokens=case.row_length)
@@ -133,6 +139,7 @@ def measure_decode(case: Case, setting: Setting) -> Row:
         "tokens_per_second": case.num_tokens / seconds.median,
         "step_seconds": seconds.all,
         "compile_seconds": first - seconds.median,
+        "attention": sampler.backend,
         "bytes_per_second": case.bytes_per_token_drawn * case.num_tokens / seconds.median,
     }
 

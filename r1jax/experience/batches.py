@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from r1jax.batch import PackedBatch, Rollout
-from r1jax.data.packing import PackedRow, best_fit, spread
+from r1jax.data.packing import PackedRow, best_fit, bucket_documents, spread
 
 _LANE = 128
 """Row lengths are multiples of it."""
@@ -82,10 +82,12 @@ def build_step(
     local_rows: Sequence[int],
     *,
     as_drawn: bool = False,
+    counts_documents: bool = False,
 ) -> PackedBatch:
     """The step as numpy arrays [A, local rows, row length]; padding is 0 in every field.
 
     loss_tokens [N]: 0 for a rollout that is not trained on, though it is read; weights [N]: of each trained token.
+    counts_documents: max_segments is of these rows, in steps of four, so that it changes seldom; else the geometry's.
     as_drawn: sampler_logprobs are of the distribution that was drawn from, not of the policy at the temperature.
     """
     width = geometry.rows_per_micro_batch
@@ -108,4 +110,7 @@ def build_step(
                 floats["advantages"][span] = trained * advantages[number]
                 floats["sampler_logprobs"][span] = trained * (rollout.logprobs if as_drawn else rollout.policy_logprobs)
                 start += len(rollout.tokens)
-    return PackedBatch(**integers, **floats, max_segments=geometry.max_segments)
+    max_segments = geometry.max_segments
+    if counts_documents:
+        max_segments = min(bucket_documents(layout.rows), max_segments)
+    return PackedBatch(**integers, **floats, max_segments=max_segments)

@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 
 from r1jax.config import RunConfig
 from r1jax.config.errors import need, require
+from r1jax.models.attention.backends import Backend
 from r1jax.models.config import DecoderConfig
 from r1jax.rollout.engine import EmbeddedEngine, RolloutEngine
 from r1jax.rollout.journal import Journal
@@ -43,6 +44,7 @@ def make_engine(
     decoder: DecoderConfig,
     mesh: Mesh,
     *,
+    backend: Backend = "xla",
     stop_ids: tuple[int, ...],
     probe: Probe,
     probe_prompt: list[int],
@@ -51,11 +53,12 @@ def make_engine(
 ) -> RolloutEngine:
     """The engine; every process makes one. Raises `UserError` for servers that do not fit, before anything is pushed.
 
-    probe, probe_prompt: how servers are compared with the trainer (`VllmEngine`); journal: what keeps their samples.
+    backend: whose attention samples here; probe, probe_prompt: how servers are compared with the trainer
+    (`VllmEngine`); journal: what keeps their samples.
     """
     settings = settings_of(config.sampling, stop_ids=stop_ids, seed=config.run.seed)
     if config.vllm.rollout_engine == "jax":
-        return EmbeddedEngine(decoder, mesh, settings, dtype=config.model.compute_dtype)
+        return EmbeddedEngine(decoder, mesh, settings, dtype=config.model.compute_dtype, backend=backend)
     seconds = config.vllm.vllm_request_timeout
     if seconds is None:
         seconds = max(Limits.request_seconds, settings.max_new_tokens / SLOWEST_TOKENS_PER_SECOND)

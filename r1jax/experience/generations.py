@@ -48,6 +48,9 @@ class Packer:
     """Whether completions that met the limit are left out of the loss."""
     as_drawn: bool = False
     """Whether the sampler's log-probabilities are those of the distribution that it drew from, not the policy's."""
+    counts_documents: bool = False
+    """Whether a batch says of its own rows how many documents they have at most, not of all that could be: for an
+    attention whose memory grows with it."""
 
     def pack(
         self, experience: Experience, chosen: Sequence[int], micro_batches: np.ndarray
@@ -67,6 +70,7 @@ class Packer:
             self.geometry,
             mine,
             as_drawn=self.as_drawn,
+            counts_documents=self.counts_documents,
         )
         return to_devices(batch, self.sharding, width, mine), layout
 

@@ -75,9 +75,11 @@ def make_generations(
     observe: Observe,
     kept: dict[int, Any],
     carried: Carried | None = None,
+    *,
+    counts_documents: bool = False,
 ) -> Generations:
     """What gives each step its batch. kept, carried: what a checkpoint had, of batches by their step and for the
-    selection; None at the start of a run."""
+    selection; None at the start of a run. counts_documents: see `Packer`."""
     return Generations(
         plan=task.plan,
         prompts=task.train,
@@ -89,6 +91,7 @@ def make_generations(
             weigh=weigh_by(config.objective.loss_type, config.sampling.max_completion_length),
             masks_truncated=config.grpo.mask_truncated_completions,
             as_drawn=scorers.floors is not None,
+            counts_documents=counts_documents,
         ),
         scoring=Scoring(
             scorers=scorers,

@@ -18,6 +18,7 @@ from r1jax.grpo.beginning import Beside, Kept, begin
 from r1jax.grpo.collecting import evaluate_policy, make_collector, make_generations, open_graders
 from r1jax.grpo.sampling import cache_bytes, open_engine, open_journal
 from r1jax.grpo.steps import make_steps, scored_for
+from r1jax.models.execution import Execution
 from r1jax.models.flops import mean_visible_keys, train_flops_per_token
 from r1jax.objectives.grpo import policy_metrics
 from r1jax.rollout import journal
@@ -26,7 +27,7 @@ from r1jax.trackers.open import check_trackers
 from r1jax.training import loop
 from r1jax.training.adapting import about_adapter, check_adapter
 from r1jax.training.cadence import Cadence, make_cadence
-from r1jax.training.execution import backend_of
+from r1jax.training.execution import execution_of
 from r1jax.training.memory import estimate_memory, out_of_memory_named
 from r1jax.training.opening import begin_writing, opened
 from r1jax.training.order import data_order
@@ -50,13 +51,13 @@ def run(config: RunConfig) -> None:
     layout = lay_out(
         source.decoder, config.optimizer, mesh, config.mesh.zero_stage, adapter, config.model.compute_dtype
     )
-    backend_of(config, source.decoder, layout)
+    how = execution_of(config, source.decoder, layout)
     with opened(config, source) as opening:
         if opening.start is not None:
             order.check(opening.start.metadata)
             storage.check(opening.start.metadata, scored_for(config))
         samples, ahead = open_journal(config, opening)
-        with contextlib.closing(open_engine(config, source, layout, task, samples)) as engine:
+        with contextlib.closing(open_engine(config, source, layout, how, task, samples)) as engine:
             # 2. The estimate comes before the compiler has its say.
             estimate = estimate_memory(
                 config,
@@ -83,7 +84,9 @@ def run(config: RunConfig) -> None:
             ):
                 collector = make_collector(config, source, task, graders, engine)
                 experience = Kept(batches=kept, carried=carried, ahead=ahead, journal=samples)
-                state, done = train_policy(config, source, layout, task, collector, state, beside, experience, keeper)
+                state, done = train_policy(
+                    config, source, layout, how, task, collector, state, beside, experience, keeper
+                )
                 if done == task.plan.num_steps:
                     keeper.finish(done, state)
                     if samples is not None and jax.process_index() == 0:
@@ -113,6 +116,7 @@ def train_policy(
     config: RunConfig,
     source: Source,
     layout: StateLayout,
+    how: Execution,
     task: Task,
     collector: Collector,
     state: TrainState,
@@ -122,13 +126,22 @@ def train_policy(
 ) -> tuple[TrainState, int]:
     """(the final state, updates done)."""
     plan, output_dir = task.plan, Path(config.run.output_dir)
-    step, scorers = make_steps(config, source, layout, plan.num_steps)
+    step, scorers = make_steps(config, source.decoder, layout, how, plan.num_steps)
     step = step if beside.bonus is None else beside.bonus.around(step)
     cadence = make_cadence(config, plan.num_steps, plan.num_steps_per_epoch)
 
     observer = make_observer(config, task, collector, cadence, int(state.step), keeper)
     generations = make_generations(
-        config, layout, task, collector, scorers, beside.reference, observer.observe, kept.batches, kept.carried
+        config,
+        layout,
+        task,
+        collector,
+        scorers,
+        beside.reference,
+        observer.observe,
+        kept.batches,
+        kept.carried,
+        counts_documents=how.counts_documents,
     )
     generations.ahead = kept.ahead
     whole = int(state.step)  # the checkpoint that is on disk when the next one begins

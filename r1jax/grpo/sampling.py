@@ -11,9 +11,9 @@ from r1jax.batch import PackedBatch
 from r1jax.config import RunConfig
 from r1jax.experience.engines import make_engine
 from r1jax.experience.task import Task
-from r1jax.grpo.steps import make_policy_statistics
+from r1jax.models.execution import Execution
 from r1jax.models.parameters import Params
-from r1jax.objectives.statistics import make_scorer
+from r1jax.objectives.statistics import make_scorer, make_statistics
 from r1jax.rollout import journal
 from r1jax.rollout.engine import RolloutEngine
 from r1jax.rollout.journal import Journal, Label
@@ -41,29 +41,35 @@ def open_journal(config: RunConfig, opening: Opening) -> tuple[Journal | None, L
 
 
 def open_engine(
-    config: RunConfig, source: Source, layout: StateLayout, task: Task, kept_in: Journal | None = None
+    config: RunConfig,
+    source: Source,
+    layout: StateLayout,
+    how: Execution,
+    task: Task,
+    kept_in: Journal | None = None,
 ) -> RolloutEngine:
     """Who samples; raises `UserError` for servers that do not fit."""
     return make_engine(
         config,
         source.decoder,
         layout.mesh,
+        backend=how.backend,
         stop_ids=source.stop_ids,
-        probe=make_probe(config, source, layout),
+        probe=make_probe(source, layout, how),
         probe_prompt=task.train.ids(0)[:PROBE_TOKENS],
         longest_prompt=task.longest_prompt,
         journal=kept_in,
     )
 
 
-def make_probe(config: RunConfig, source: Source, layout: StateLayout) -> Probe:
+def make_probe(source: Source, layout: StateLayout, how: Execution) -> Probe:
     """(parameters, tokens, temperature) -> each token's log-probability by the trainer's own forward pass."""
     rows = data_shards(layout.mesh)
     mine = local_rows(layout.batch, rows)
 
     @functools.cache
     def score_at(temperature: float) -> ScoreStep:
-        return make_score_step(make_scorer(make_policy_statistics(config, source, layout, temperature)), layout)
+        return make_score_step(make_scorer(make_statistics(source.decoder, how, temperature=temperature)), layout)
 
     def probe(params: Params, tokens: np.ndarray, temperature: float) -> np.ndarray:
         same = np.broadcast_to(tokens.astype(np.int32), (1, len(mine), len(tokens)))

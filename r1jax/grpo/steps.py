@@ -1,34 +1,30 @@
-"""The jitted programs of a run: the update, what scores a batch, and the forward pass that both share."""
+"""The jitted programs of a run: the update, and what scores a batch."""
 
 from r1jax.config import RunConfig
 from r1jax.experience.scoring import Scorers
+from r1jax.models.config import DecoderConfig
+from r1jax.models.execution import Execution
 from r1jax.models.support import Support
 from r1jax.objectives.grpo import make_policy_loss
-from r1jax.objectives.statistics import (
-    Statistics,
-    make_entropy_scorer,
-    make_floors,
-    make_scorer,
-    make_statistics,
-)
+from r1jax.objectives.statistics import make_entropy_scorer, make_floors, make_scorer, make_statistics
 from r1jax.objectives.surrogate import make_surrogate
 from r1jax.optimizer import make_schedule
-from r1jax.training.execution import execution_of
-from r1jax.training.source import Source
 from r1jax.training.state import StateLayout
 from r1jax.training.step import TrainStep, make_score_step, make_train_step
 
 
-def make_steps(config: RunConfig, source: Source, layout: StateLayout, num_steps: int) -> tuple[TrainStep, Scorers]:
+def make_steps(
+    config: RunConfig, decoder: DecoderConfig, layout: StateLayout, how: Execution, num_steps: int
+) -> tuple[TrainStep, Scorers]:
     """(the update, what scores a batch by given parameters), all jitted."""
-    temperature = config.sampling.temperature
-    statistics = make_policy_statistics(config, source, layout, temperature)
-    with_slopes = make_policy_statistics(config, source, layout, temperature, entropy_gradient=True)
-    loss = make_policy_loss(with_slopes if config.grpo.entropy.has_bonus else statistics, make_surrogate(config))
+    temperature, has_bonus = config.sampling.temperature, config.grpo.entropy.has_bonus
+    statistics = make_statistics(decoder, how, temperature=temperature)
+    with_slopes = make_statistics(decoder, how, temperature=temperature, entropy_gradient=True)
+    loss = make_policy_loss(with_slopes if has_bonus else statistics, make_surrogate(config))
     schedule = make_schedule(config.optimizer, num_steps)
     step = make_train_step(loss, config.optimizer, schedule, layout, skip_empty=True)
     support = drawn_support(config)
-    floors = make_floors(source.decoder, execution_of(config, source.decoder, layout), support, temperature=temperature)
+    floors = make_floors(decoder, how, support, temperature=temperature)
     return step, Scorers(
         logprobs=make_score_step(make_scorer(statistics), layout),
         logprobs_and_entropies=make_score_step(make_entropy_scorer(statistics), layout),
@@ -53,11 +49,3 @@ def scored_for(config: RunConfig) -> dict[str, tuple[str, bool]]:
         "surrogate_weight": ("top_entropy_quantile", config.grpo.entropy.top_entropy_quantile < 1),
         "entropy_weight": ("entropy_coef and use_adaptive_entropy", config.grpo.entropy.has_bonus),
     }
-
-
-def make_policy_statistics(
-    config: RunConfig, source: Source, layout: StateLayout, temperature: float, *, entropy_gradient: bool = False
-) -> Statistics:
-    """The trainer's forward pass at a temperature."""
-    how = execution_of(config, source.decoder, layout)
-    return make_statistics(source.decoder, how, temperature=temperature, entropy_gradient=entropy_gradient)

@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax.batch import Layout
+from r1jax.models.attention.backends import Attend
 from r1jax.models.attention.blocks import attend
-from r1jax.models.attention.cached import cached_attention
+from r1jax.models.attention.cached import Cached, cached_attention
 from r1jax.models.config import DecoderConfig
 from r1jax.models.lora import merge
 from r1jax.models.parameters import Params
@@ -59,14 +60,19 @@ def grown(cache: Cache, length: int) -> Cache:
 
 
 def prefill(
-    params: DecodeParams, tokens: Int[Array, "P T"], lengths: Int[Array, " P"], config: DecoderConfig
+    params: DecodeParams,
+    tokens: Int[Array, "P T"],
+    lengths: Int[Array, " P"],
+    config: DecoderConfig,
+    attend: Attend = attend,
 ) -> tuple[Float[Array, "P V"], Cache]:
     """Each prompt's logits for its next token, in float32, and the cache of the prompts, T slots each.
 
     Prompt p is its first lengths[p] >= 1 tokens; what follows is padding.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    layout = Layout(segment_ids=(positions < lengths[:, None]).astype(jnp.int32), positions=positions)
+    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    layout = Layout(segment_ids=segment_ids, positions=positions, lengths=lengths[:, None])
     filled = []
 
     def attention(index: int, q: Array, k: Array, v: Array) -> Array:
@@ -87,6 +93,7 @@ def decode(
     prompts: Cache,
     completions: Cache,
     config: DecoderConfig,
+    attend: Cached = cached_attention,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Each row's logits for the token after `tokens`, in float32, and `completions` with `tokens` in slot `step`.
 
@@ -95,8 +102,6 @@ def decode(
     """
     samples = tokens.shape[0] // lengths.shape[0]
     positions = jnp.repeat(lengths, samples) + step
-    prompt_mask = jnp.arange(prompts[0][0].shape[-1]) < lengths[:, None]
-    completion_mask = jnp.arange(completions[0][0].shape[-1]) <= step
     write = jax.lax.dynamic_update_slice_in_dim
     filled = []
 
@@ -105,7 +110,7 @@ def decode(
         keys = write(keys, k[:, 0, :, :, None].astype(keys.dtype), step, 3)
         values = write(values, v[:, 0, :, None].astype(values.dtype), step, 2)
         filled.append((keys, values))
-        return cached_attention(q[:, 0], prompts[index], (keys, values), prompt_mask, completion_mask)
+        return attend(q[:, 0], prompts[index], (keys, values), lengths, step)
 
     hidden = _through_layers(params, tokens[:, None], positions[:, None], config, attention)
     return logits(params, hidden)[:, 0], filled

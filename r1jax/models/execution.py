@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from r1jax.batch import PackedBatch
-from r1jax.models.attention.backends import Attend
+from r1jax.models.attention.backends import COUNTING, Attend, Backend
 from r1jax.models.attention.blocks import attend
 from r1jax.models.config import DecoderConfig
 from r1jax.models.parameters import Params
@@ -24,13 +24,21 @@ class Execution:
     """Of activations and of the weights as they are multiplied."""
     remat: RematPolicy = "none"
     """What the backward pass keeps of each layer, see `forward`."""
+    backend: Backend = "xla"
+    """Whose attention it is, for who asks for one of another kind: a sampler."""
     attend: Attend = attend
+    """That of a backend, over the mesh."""
     constrain: Constrain = unconstrained
     """Where arrays are pinned to the mesh."""
     mesh: Mesh | None = None
     """What the loss splits tokens and vocabulary over; None for one device."""
     loss_chunk: int | None = None
     """The loss holds as many logits at one time as so many tokens have; None: chosen by the size."""
+
+    @property
+    def counts_documents(self) -> bool:
+        """Whether the attention must be told how many documents a row has at most."""
+        return self.backend in COUNTING
 
     def hidden(
         self,

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.batch import Rollout, Turn, VersionSpan
+from r1jax.models.attention.backends import Backend
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import DecodeParams
 from r1jax.models.parameters import Params
@@ -75,11 +76,14 @@ class EmbeddedEngine:
         settings: SamplingSettings,
         *,
         dtype: str = "float32",
+        backend: Backend = "xla",
         max_slots: int | None = None,
     ) -> None:
-        """mesh: the trainer's. max_slots: completions drawn at a time by this process; None: as memory and weights
-        suggest. Raises `UserError` where a tensor group is spread over processes."""
+        """mesh: the trainer's. backend: whose attention is used. max_slots: completions drawn at a time by this
+        process; None: as memory and weights suggest. Raises `UserError` where a tensor group is spread over
+        processes."""
         self._config, self._settings, self._max_slots = config, settings, max_slots
+        self._backend: Backend = backend
         self._weights = WeightSync(config, mesh, dtype)
         self._room = room_on(self._weights.mesh, config, dtype)
         self._params: DecodeParams | None = None
@@ -110,7 +114,7 @@ class EmbeddedEngine:
         for row, prompt in enumerate(prompts):
             name = f"prompt {prompt_ids[row]}"
             check_prompt(prompt, self._config, settings.max_new_tokens, name, "max_completion_length")
-        sampler = Sampler(params=self._params, config=self._config, mesh=self._weights.mesh)
+        sampler = Sampler(params=self._params, config=self._config, mesh=self._weights.mesh, backend=self._backend)
         drawn = sampler.generate(
             prompts,
             settings,

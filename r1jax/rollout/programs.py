@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.batch import Leaf
+from r1jax.models.attention.backends import Backend, make_attend, make_cached
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import Cache, DecodeParams, decode, grown, init_cache, prefill
 from r1jax.rollout.distribution import Amounts, Switches, reshapes, sample, sample_keys
@@ -86,6 +87,8 @@ class Kind(NamedTuple):
     """Slots of new tokens."""
     mesh: Mesh | None = None
     """Rows are split over its axis `slots`, heads over `tensor`; None for one device."""
+    backend: Backend = "xla"
+    """Whose attention it is."""
 
 
 def bucket(number: int, smallest: int = _SMALLEST_BUCKET) -> int:
@@ -112,7 +115,8 @@ def start_slots(params: DecodeParams, prompts: Prompts, request: Request, *, kin
     """The slots with the first token of each row drawn, and the prompts' cache."""
     size = prompts.ids.shape[0]
     samples = size // prompts.lengths.shape[0]
-    logits, cache = prefill(params, prompts.tokens, prompts.lengths, kind.config)
+    attend = make_attend(kind.backend, kind.mesh, ("slots",))
+    logits, cache = prefill(params, prompts.tokens, prompts.lengths, kind.config, attend)
     nothing = jnp.zeros((size, kind.new_size), jnp.float32)
     dtype = params["embed"]["embedding"].dtype
     slots = Slots(
@@ -146,13 +150,14 @@ def finish_slots(
 ) -> Slots:
     """The slots when every row has stopped, holds max_new_tokens, or has no room."""
     size = jnp.minimum(request.max_new_tokens, kind.new_size)
+    attend = make_cached(kind.backend, kind.config.head_dim, kind.mesh)
 
     def unfinished(slots: Slots) -> Array:
         return (slots.step < size) & ~jnp.all(slots.stopped)
 
     def advance(slots: Slots) -> Slots:
         known = slots.step - 1
-        logits, cache = decode(params, slots.last, known, lengths, prompts, slots.completions, kind.config)
+        logits, cache = decode(params, slots.last, known, lengths, prompts, slots.completions, kind.config, attend)
         return _draw_token(dataclasses.replace(slots, completions=_placed(cache, kind)), logits, request, kind)
 
     return jax.lax.while_loop(unfinished, advance, slots)

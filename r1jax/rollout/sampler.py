@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1jax import progress
 from r1jax.config.errors import at_least, need
+from r1jax.models.attention.backends import Backend
 from r1jax.models.config import DecoderConfig
 from r1jax.models.decoding import DecodeParams
 from r1jax.rollout.distribution import amounts, switches
@@ -61,6 +62,8 @@ class Sampler:
     config: DecoderConfig
     mesh: Mesh | None = None
     """Axes `slots` and `tensor`, over which params lie already; None for one device."""
+    backend: Backend = "xla"
+    """Whose attention is used, one that the devices can run."""
 
     def generate(
         self,
@@ -106,7 +109,7 @@ class Sampler:
     ) -> list[list[Completion]]:
         """Each unit's completions, drawn in `width` slots a unit."""
         sizes = windows(settings.max_new_tokens)
-        kind = Kind(self.config, switches(settings, self.config.vocab_size), sizes[0], self.mesh)
+        kind = Kind(self.config, switches(settings, self.config.vocab_size), sizes[0], self.mesh, self.backend)
         prompts, request = self._on_devices(_prompts(units, width)), _request(settings, step)
         slots, cache = start_slots(self.params, prompts, request, kind=kind)
         for size in sizes:

@@ -32,11 +32,13 @@ def backend_of(config: RunConfig, decoder: DecoderConfig, layout: StateLayout) -
 
 
 def execution_of(config: RunConfig, decoder: DecoderConfig, layout: StateLayout) -> Execution:
-    """The run's."""
+    """The run's; raises `UserError` as `backend_of` does."""
+    backend = backend_of(config, decoder, layout)
     return Execution(
         dtype=config.model.compute_dtype,
         remat=remat_of(config),
-        attend=make_attend(backend_of(config, decoder, layout), layout.mesh, BATCH_AXES),
+        backend=backend,
+        attend=make_attend(backend, layout.mesh, BATCH_AXES),
         constrain=make_constrain(layout.mesh, layout.specs),
         mesh=layout.mesh,
         loss_chunk=config.model.loss_chunk_size,

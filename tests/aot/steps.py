@@ -24,6 +24,8 @@ from r1jax.training.state import StateLayout, lay_out
 from r1jax.training.step import make_train_step
 
 TOPOLOGIES = {8: "v5e:2x4", 32: "v5e:4x8"}
+SMALLEST = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
+"""Of each kind of chip, the smallest slice that there is."""
 MICRO_BATCHES, ROW_LENGTH = 2, 256
 DECODER = DecoderConfig(
     vocab_size=8192,
@@ -43,9 +45,18 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-4, lr_scheduler_type="constant")
 @functools.cache
 def tpu_devices(count: int) -> Any:
     """That many TPU v5e devices of one slice, to compile for only."""
+    return _devices(TOPOLOGIES[count])
+
+
+def chip(kind: str) -> Any:
+    """One chip of that kind, to compile for only."""
+    return _devices(SMALLEST[kind])[0]
+
+
+def _devices(topology: str) -> Any:
     # A second process that loads libtpu is refused, as two cannot share a TPU; here there is none to share.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(TOPOLOGIES[count], "tpu").devices
+    return topologies.get_topology_desc(topology, "tpu").devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

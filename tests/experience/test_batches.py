@@ -65,5 +65,8 @@ def test_a_step_token_by_token():
     assert batch.advantages is not None and batch.sampler_logprobs is not None
     np.testing.assert_allclose(batch.advantages[0, 0, used], [0, 0, 1.5, 1.5, 1.5, 0, 0, 0, 0, 0, -1, -1])
     np.testing.assert_allclose(batch.sampler_logprobs[0, 0, used], [0, 0, -1, -1, -1, 0, 0, 0, 0, 0, -1, -1])
+    assert batch.max_segments == 128 // 3  # what any step could have; of its own rows where that is asked for
+    told = build_step(rollouts, advantages, counts, weights, layout, geometry, [0], counts_documents=True)
+    assert told.max_segments == 8
     rest = slice(12, None)
     assert not any(np.any(leaf[..., rest]) for leaf in (batch.tokens, batch.segment_ids, batch.loss_weight))

@@ -19,6 +19,7 @@ from r1jax.experience.collect import Experience
 from r1jax.grpo.collecting import make_comparison
 from r1jax.objectives.grpo import policy_metrics
 from r1jax.objectives.surrogate import Surrogate, make_surrogate
+from r1jax.training.execution import execution_of
 from r1jax.training.state import start_state
 from tests.grpo.world import Pieces, assembled, draw, keys
 
@@ -117,7 +118,8 @@ def test_the_samples_of_a_server_are_corrected(pieces: Pieces, drawn: Experience
     Without the noise they are the policy's own p, the embedded engine having drawn them.
     """
     config = resolve(keys(world, use_vllm=True, **SETTINGS)).config
-    step, _ = grpo.make_steps(config, pieces.source, pieces.layout, pieces.task.plan.num_steps)
+    how = execution_of(config, pieces.source.decoder, pieces.layout)
+    step, _ = grpo.make_steps(config, pieces.source.decoder, pieces.layout, how, pieces.task.plan.num_steps)
     generations = grpo.make_generations(
         config, pieces.layout, pieces.task, pieces.collector, pieces.scorers, None, lambda *_: None, {}
     )

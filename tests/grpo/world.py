@@ -21,6 +21,7 @@ from r1jax.experience.drawing import Request
 from r1jax.experience.scoring import Scorers
 from r1jax.experience.task import Task, read_task
 from r1jax.sharding.mesh import data_shards, make_mesh
+from r1jax.training.execution import execution_of
 from r1jax.training.source import Source, first_params, read_source
 from r1jax.training.state import StateLayout, lay_out
 from r1jax.training.step import TrainStep
@@ -194,9 +195,10 @@ def assembled(content: Mapping[str, Any], devices: int = 1) -> Iterator[Pieces]:
     task = read_task(config, source.tokenizer, limit, data_shards(mesh))
     layout = lay_out(source.decoder, config.optimizer, mesh, config.mesh.zero_stage)
     params = first_params(config, source, layout)
-    step, scorers = grpo.make_steps(config, source, layout, task.plan.num_steps)
+    how = execution_of(config, source.decoder, layout)
+    step, scorers = grpo.make_steps(config, source.decoder, layout, how, task.plan.num_steps)
     with grpo.open_graders(config, task) as graders:
-        engine = grpo.open_engine(config, source, layout, task)
+        engine = grpo.open_engine(config, source, layout, how, task)
         collector = grpo.make_collector(config, source, task, graders, engine)
         yield Pieces(config, source, layout, task, params, collector, step, scorers)
 

@@ -26,6 +26,7 @@ from r1jax.objectives.reductions import token_mean, token_sum
 from r1jax.sharding.mesh import data_shards, make_mesh
 from r1jax.trackers.wandb import export_names
 from r1jax.training.cadence import make_cadence
+from r1jax.training.execution import execution_of
 from r1jax.training.source import Source, read_source, ready_for
 from r1jax.training.state import StateLayout, lay_out
 
@@ -74,7 +75,8 @@ def reading(keys: Mapping[str, Any]) -> list[str]:
 def program(keys: Mapping[str, Any]) -> str:
     """The text of the update's program before it is compiled."""
     run = prepare(keys)
-    step, _ = sft.make_steps(run.config, run.source, run.layout, run.train.plan.num_steps)
+    how = execution_of(run.config, run.source.decoder, run.layout)
+    step, _ = sft.make_steps(run.config, run.source, run.layout, how, run.train.plan.num_steps)
     _, arrays = next(sft.device_batches(run.train, run.layout, token_mean, 0))
     state = dataclasses.replace(run.layout.abstract, frozen=run.layout.frozen)
     return step.lower(state, arrays).as_text()  # pyright: ignore[reportFunctionMemberAccess]

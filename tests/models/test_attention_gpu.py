@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from r1jax.models.attention import blocks, cudnn, pallas
+from r1jax.models.attention import blocks, cudnn, filled, pallas
 from r1jax.models.attention.backends import Attend, Backend, device_of, why_not
+from r1jax.models.attention.cached import cached_attention
 from tests.models.test_attention import layout_of, normal
 from tests.models.test_attention_backends import assert_same, results
+from tests.models.test_attention_cached import SHAPES, arrays_of
 
 pytestmark = pytest.mark.gpu
 ROWS = {
@@ -40,3 +42,15 @@ def test_packed_equals_plain_attention(rows: str, group: int, width: int, name: 
     wide = [leaf.astype(jnp.float32) for leaf in arrays]
     # The arrays of the two are of different kinds, so they meet on the host.
     assert_same(jax.device_get(ours), jax.device_get(results(blocks.attend, layout, wide)), 1e-2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_generation_equals_plain_attention(shape: str):
+    """bfloat16 beside float32, within 1 % of the norm, early and late in the cache."""
+    q, prompt, completion, lengths = arrays_of(*SHAPES[shape])
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (q, prompt, completion))
+    for step in (0, completion[0].shape[-1] - 2):
+        ours = jax.jit(filled.cached_attention)(*half, lengths, jnp.asarray(step))
+        q32, prompt32, completion32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+        expected = cached_attention(q32, prompt32, completion32, lengths, jnp.asarray(step))
+        assert_same([jax.device_get(ours)], [jax.device_get(expected)], 1e-2)

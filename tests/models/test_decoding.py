@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from r1jax.batch import Layout
+from r1jax.models.attention import filled, pallas
+from r1jax.models.attention.blocks import attend
+from r1jax.models.attention.cached import cached_attention
 from r1jax.models.config import DecoderConfig, RopeScaling
 from r1jax.models.decoding import decode, grown, init_cache, prefill, unstack
 from r1jax.models.parameters import init_params
@@ -49,7 +52,7 @@ def whole(params, config, tokens):
     return np.asarray(logits(params, forward(params, row, layout, config))[0])
 
 
-def stepwise(params, config, prompts, after, *, prompt_size, cache_size, rubbish=0, grow_at=None):
+def stepwise(params, config, prompts, after, *, prompt_size, cache_size, rubbish=0, grow_at=None, kernels=None):
     """Logits of prefill and of each decode step, [B, 1 + steps, V]; padding of prompts holds `rubbish`."""
     tokens = np.full((len(prompts), prompt_size), rubbish, np.int32)
     for row, prompt in enumerate(prompts):
@@ -57,9 +60,12 @@ def stepwise(params, config, prompts, after, *, prompt_size, cache_size, rubbish
     lengths = jnp.asarray([len(prompt) for prompt in prompts])
     decode_params = unstack(params)
     cache = init_cache(config, len(after), cache_size)
-    out, shared = jax.jit(partial(prefill, config=config))(decode_params, jnp.asarray(tokens), lengths)
+    of_prefill, of_decode = kernels or (attend, cached_attention)
+    out, shared = jax.jit(partial(prefill, config=config, attend=of_prefill))(
+        decode_params, jnp.asarray(tokens), lengths
+    )
     found = [jnp.repeat(out, len(after) // len(prompts), axis=0)]
-    step = jax.jit(partial(decode, config=config), donate_argnums=5)
+    step = jax.jit(partial(decode, config=config, attend=of_decode), donate_argnums=5)
     for index in range(len(after[0])):
         drawn = jnp.asarray([row[index] for row in after])
         out, cache = step(decode_params, drawn, jnp.asarray(index), lengths, shared, cache)
@@ -89,6 +95,15 @@ def test_samples_share_the_cache_of_their_prompt(config):
     np.testing.assert_allclose(
         shared, stepwise(params, config, alone, after, prompt_size=8, cache_size=9), rtol=0, atol=1e-5
     )
+
+
+def test_a_gpus_kernels_give_the_same_logits():
+    """Prompts by the packed rows' kernel, new tokens by the cache's, both as Pallas interprets them."""
+    params = random_params(QWEN3)
+    kernels = partial(pallas.attend, interpret=True), partial(filled.cached_attention, interpret=True)
+    sizes = {"prompt_size": 8, "cache_size": 16}
+    found = stepwise(params, QWEN3, PROMPTS, AFTER, **sizes, kernels=kernels)
+    np.testing.assert_allclose(found, stepwise(params, QWEN3, PROMPTS, AFTER, **sizes), rtol=0, atol=1e-5)
 
 
 def test_padding_of_prompts_cache_and_batch_changes_nothing():

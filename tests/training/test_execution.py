@@ -54,6 +54,8 @@ def test_devices_decide_unless_the_recipe_does(
 ):
     monkeypatch.setattr(execution, "device_of", lambda device: Device("gpu", (9, 0)))
     assert backend_of(recipe("--bf16", "true"), decoder, layout) == "cudnn"
+    assert execution_of(recipe("--bf16", "true"), decoder, layout).counts_documents  # by their offsets
+    assert not execution_of(recipe(), decoder, layout).counts_documents
     assert backend_of(recipe(), decoder, layout) == "xla"  # float32
     assert backend_of(recipe("--bf16", "true", "--attn_implementation", "pallas"), decoder, layout) == "pallas"
     assert backend_of(recipe("--bf16", "true", "--attn_implementation", "xla"), decoder, layout) == "xla"

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from r1jax.batch import Layout
 from r1jax.models.attention import blocks, cudnn, pallas
+from r1jax.models.attention.cached import Cached, cached_attention
 
 Attend = Callable[[Array, Array, Array, Layout], Array]
 """(q [B, T, N, H], k and v [B, T, K, H], layout) -> [B, T, N, H]: causal within each document; what stands in padding
@@ -83,6 +84,36 @@ def spread(local: Attend, mesh: Mesh, batch_axes: tuple[str, ...]) -> Attend:
             local, mesh=mesh, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False
         )
         return mapped(q, k, v, layout)
+
+    return attend
+
+
+def make_cached(backend: Backend, head_dim: int, mesh: Mesh | None = None) -> Cached:
+    """Generation's attention beside a backend, over a mesh of slots and tensor: with a kernel of its own where the
+    backend is a GPU's."""
+    if backend not in ("cudnn", "pallas"):
+        return cached_attention
+    try:  # here, as splash attention is
+        from r1jax.models.attention import filled
+    except ImportError:  # a later jax without Pallas' Triton, which 0.12 calls deprecated
+        return cached_attention
+    if not filled.fits(head_dim):
+        return cached_attention
+    return filled.cached_attention if mesh is None or mesh.size == 1 else spread_cached(filled.cached_attention, mesh)
+
+
+def spread_cached(local: Cached, mesh: Mesh) -> Cached:
+    """local under `shard_map`: rows and their prompts over slots, heads over tensor."""
+    by_head, by_prompt = PartitionSpec("slots", "tensor"), PartitionSpec("slots")
+    caches = (by_head, by_head)
+
+    def attend(q: Array, prompt: Any, completion: Any, lengths: Array, step: Array) -> Array:
+        if prompt[0].shape[1] % mesh.shape["tensor"]:
+            # Key heads are whole on every device and query heads are not: XLA's to sort out.
+            return cached_attention(q, prompt, completion, lengths, step)
+        specs = (by_head, caches, caches, by_prompt, PartitionSpec())
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)
+        return mapped(q, prompt, completion, lengths, step)
 
     return attend
 
