@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from r1jax.deepspeed.stored_zip import ALIGNMENT, Member, StoredZip
-from r1jax.deepspeed.torch_pickle import STORAGES, Tensor, dump
+from r1jax.deepspeed.pickle_writer import STORAGES, Tensor, dump
+from r1jax.deepspeed.zip_writer import ALIGNMENT, Member, ZipWriter
 
 # torch writes a number drawn at random or a hash of the content here; nothing is done with it on reading.
 _IDENTITY = b"0" * 40
@@ -16,14 +16,14 @@ _IDENTITY = b"0" * 40
 class TorchFile:
     """A new file with this value; the elements of its `Tensor`s are appended by `write`, those of numpy arrays are in.
 
-    The value is what torch's files mostly have: numbers, texts, tuples, lists, dicts, numpy arrays, `torch_pickle`'s
+    The value is what torch's files mostly have: numbers, texts, tuples, lists, dicts, numpy arrays, `pickle_writer`'s
     stand-ins. Tensors may be filled in any order and by turns.
     """
 
     def __init__(self, path: Path, value: Any):
         self._storages: dict[int, tuple[str, Any]] = {}
         pickled = dump(value, self._key)
-        self._zip = StoredZip(path)
+        self._zip = ZipWriter(path)
         self._members: dict[int, Member] = {}
         # The name torch gives the folder that all members are in: the file's without its ending.
         self._root = root = path.stem

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.serialization import config as torch_config
 
-from r1jax.deepspeed import stored_zip
-from r1jax.deepspeed.torch_pickle import STORAGES, Call, Instance, Named, Tensor, size
+from r1jax.deepspeed import zip_writer
+from r1jax.deepspeed.pickle_writer import STORAGES, Call, Instance, Named, Tensor, size
 from r1jax.deepspeed.torch_writer import TorchFile, save
 
 PLAIN = {
@@ -157,7 +157,7 @@ def test_torch_finds_the_elements_without_reading_headers(tmp_path: Path, monkey
 @pytest.mark.parametrize("limit", [100, 1000, 2000])
 def test_fields_of_64_bits_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int):
     """Long files take another form; here files count as long from some hundred bytes on."""
-    monkeypatch.setattr(stored_zip, "LIMIT", limit)
+    monkeypatch.setattr(zip_writer, "LIMIT", limit)
     arrays = [numbers(np.int64, (n,)) for n in (3, 300, 0, 20)]
     save(tmp_path / "x.pt", arrays)
     for mmap in (False, True):

@@ -40,7 +40,7 @@ class Member:
     num_written: int = 0
 
 
-class StoredZip:
+class ZipWriter:
     """A new file; `add` its members, `write` their contents, `close`. A file that is not closed is no zip file."""
 
     def __init__(self, path: Path):
