@@ -40,10 +40,21 @@ class TorchFile:
             if isinstance(tensor, np.ndarray):
                 self._zip.write(self._members[id(tensor)], _bytes(tensor))
 
-    def write(self, tensor: Tensor, elements: np.ndarray) -> None:
-        """Appends elements of the tensor's own dtype, in C order."""
+    def write(self, tensor: Tensor, elements: np.ndarray, start: int | None = None) -> None:
+        """Appends elements of the tensor's own dtype, in C order; zeros before them if they `start` further on."""
         assert elements.dtype == tensor.dtype
-        self._zip.write(self._members[id(tensor)], _bytes(elements))
+        member = self._members[id(tensor)]
+        if start is not None:
+            self._fill(member, start * tensor.dtype.itemsize)
+        self._zip.write(member, _bytes(elements))
+
+    def fill(self, tensor: Tensor) -> None:
+        """Appends zeros for all elements that the tensor still lacks."""
+        self._fill(self._members[id(tensor)], tensor.numel * tensor.dtype.itemsize)
+
+    def _fill(self, member: Member, size: int) -> None:
+        assert size >= member.num_written
+        self._zip.write(member, bytes(size - member.num_written))
 
     def close(self) -> None:
         """Ends the file; every tensor must have all its elements."""

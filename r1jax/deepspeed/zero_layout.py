@@ -63,6 +63,8 @@ class Layout:
     """By rank, then by (sub-)group."""
     groups: tuple[int, ...]
     """The parameter group that each (sub-)group belongs to."""
+    names: tuple[tuple[str, ...], ...]
+    """The parameters of each (sub-)group in the order of their flattening."""
 
     @property
     def world_size(self) -> int:
@@ -92,14 +94,17 @@ def make_layout(
 ) -> Layout:
     """The layout of an engine with these settings; stages 1 and 2 have no sub-groups, stage 3 has no alignment."""
     assert stage in (1, 2, 3) and world_size > 0
-    if stage == 3:
-        split = [split_group(group, world_size, sub_group_size) for group in groups]
-        of_group = tuple(index for index, sub_groups in enumerate(split) for _ in sub_groups)
-        by_group = [_sharded(sub_group, world_size) for sub_groups in split for sub_group in sub_groups]
-    else:
-        of_group = tuple(range(len(groups)))
-        by_group = [_sliced(group, world_size, alignment) for group in groups]
-    return Layout(tuple(tuple(buffers[rank] for buffers in by_group) for rank in range(world_size)), of_group)
+    split = [split_group(group, world_size, sub_group_size) if stage == 3 else [group] for group in groups]
+    numbered = [(index, sub_group) for index, sub_groups in enumerate(split) for sub_group in sub_groups]
+    by_group = [
+        _sharded(sub_group, world_size) if stage == 3 else _sliced(sub_group, world_size, alignment)
+        for _, sub_group in numbered
+    ]
+    return Layout(
+        buffers=tuple(tuple(buffers[rank] for buffers in by_group) for rank in range(world_size)),
+        groups=tuple(index for index, _ in numbered),
+        names=tuple(tuple(name for name, _ in sub_group) for _, sub_group in numbered),
+    )
 
 
 def split_group(group: Numels, world_size: int, sub_group_size: int = SUB_GROUP_SIZE) -> list[list[tuple[str, int]]]:

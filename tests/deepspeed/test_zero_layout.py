@@ -66,7 +66,9 @@ def test_a_sub_group_ends_with_the_parameter_that_fills_it():
     assert [[name for name, _ in sub] for sub in split_group(group, 2, 5)] == [["a", "b"], ["c"], ["d", "e"]]
     # One that is filled exactly by the group's end is not followed by an empty one.
     assert [[name for name, _ in sub] for sub in split_group(group[:2], 2, 5)] == [["a", "b"]]
-    assert make_layout(3, [group, [("f", 1)]], 2, sub_group_size=5).groups == (0, 0, 0, 1)
+    layout = make_layout(3, [group, [("f", 1)]], 2, sub_group_size=5)
+    assert layout.groups == (0, 0, 0, 1)
+    assert layout.names == (("a", "b"), ("c",), ("d", "e"), ("f",))
 
 
 @given(**settings)
