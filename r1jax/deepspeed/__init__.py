@@ -1,1 +1,1 @@
-"""DeepSpeed's ZeRO checkpoints, read and written with numpy alone: neither torch nor deepspeed is imported."""
+"""DeepSpeed's ZeRO checkpoints, read and written with numpy: neither torch nor deepspeed is needed."""
