@@ -4,12 +4,14 @@ The pickle goes through `pickles.py`, tensors come out of the file's own bytes b
 states are compared with what it holds before anything is taken by them.
 """
 
+import contextlib
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from r1jax.config.errors import UserError, need, shown
+from r1jax.config.errors import need, shown
 from r1jax.deepspeed import pickles
 from r1jax.deepspeed.pickles import Global, Refused
 from r1jax.deepspeed.stand_ins import NAMES
@@ -21,17 +23,19 @@ _PICKLE = "data.pkl"
 
 def load(path: Path) -> Any:
     """The saved value: dicts, lists, numbers, text, `FileTensor`s and `Opaque`s. Raises `UserError` naming the file."""
-    try:
+    with reading(path):
         return _load(path)
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str = "a whole file of torch.save") -> Generator[None]:
+    """Within it, what is refused and what the system says against reading are `UserError`s that name the file."""
+    try:
+        yield
     except Refused as error:
-        raise refusal(path, error) from error
+        raise need("checkpoint", f"{what} in {path}", str(error), error.advice) from error
     except OSError as error:
-        raise refusal(path, Refused(error.strerror or str(error))) from error
-
-
-def refusal(path: Path, error: Refused) -> UserError:
-    """The user's line for a file that is not read."""
-    return need("checkpoint", f"a whole file of torch.save in {path}", str(error), error.advice)
+        raise need("checkpoint", f"{what} in {path}", error.strerror or str(error), "look at the file") from error
 
 
 def _load(path: Path) -> Any:
