@@ -10,21 +10,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-STORAGES = {
-    np.dtype(np.float64): "DoubleStorage",
-    np.dtype(np.float32): "FloatStorage",
-    np.dtype(np.float16): "HalfStorage",
-    np.dtype(ml_dtypes.bfloat16): "BFloat16Storage",
-    np.dtype(np.int64): "LongStorage",
-    np.dtype(np.int32): "IntStorage",
-    np.dtype(np.int16): "ShortStorage",
-    np.dtype(np.int8): "CharStorage",
-    np.dtype(np.uint8): "ByteStorage",
-    np.dtype(np.bool_): "BoolStorage",
-}
+from r1jax.deepspeed.stand_ins import STORAGE_DTYPES
+
+STORAGES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 """torch's storage of a dtype."""
 
 

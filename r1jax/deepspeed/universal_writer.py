@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from r1jax.config.errors import require
-from r1jax.deepspeed.source import KINDS, Source, Target
-from r1jax.deepspeed.states import model_states, module_tensors, universal_state
 from r1jax.deepspeed.torch_writer import TorchFile, save
+from r1jax.deepspeed.training_state import KINDS, Target, TrainingState
+from r1jax.deepspeed.written_states import model_states, module_tensors, universal_state
 from r1jax.deepspeed.zero_writer import read
 
 
-def write_universal(folder: Path, source: Source, target: Target) -> None:
+def write_universal(folder: Path, source: TrainingState, target: Target) -> None:
     """Writes the files; the target's world size is only what they say of themselves."""
     advice = "write stage 3 as ZeRO checkpoint: DeepSpeed's loader of universal ones is wrong there"
     require(target.stage in (1, 2), "stage", "1 or 2 for a universal checkpoint", target.stage, advice)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.config.errors import need
-from r1jax.deepspeed.source import Source, Target
 from r1jax.deepspeed.torch_writer import save
+from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.universal_writer import write_universal
 from r1jax.deepspeed.zero_writer import write_zero
 
 
-def write_checkpoint(folder: Path, source: Source, target: Target, *, universal: bool = False) -> Path:
+def write_checkpoint(folder: Path, source: TrainingState, target: Target, *, universal: bool = False) -> Path:
     """The checkpoint's folder in the one that DeepSpeed's load_checkpoint gets, where `latest` names it then."""
     name = f"global_step{source.global_step}" + ("_universal" if universal else "")
     with _staged(folder / name) as staging:
@@ -33,7 +33,7 @@ def write_checkpoint(folder: Path, source: Source, target: Target, *, universal:
 
 def write_trainer_checkpoint(
     folder: Path,
-    source: Source,
+    source: TrainingState,
     target: Target,
     *,
     trainer_state: Mapping[str, Any] | None = None,

@@ -1,5 +1,7 @@
 """Training states of made-up numbers, and checkpoints read back by torch as DeepSpeed lays them out."""
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from r1jax.deepspeed.source import Kind, ParamGroup, Source, Target
+from r1jax.deepspeed.training_state import Kind, ParamGroup, Target, TrainingState
+from r1jax.deepspeed.writer import write_checkpoint
 
 # Odd sizes: no world size above one divides them.
 SHAPES = {
@@ -28,7 +31,7 @@ def array(name: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.square(numbers) if kind == "exp_avg_sq" else numbers
 
 
-def make_source(*, tied: bool, **changes: Any) -> Source:
+def make_source(*, tied: bool, **changes: Any) -> TrainingState:
     shapes = SHAPES | ({} if tied else {HEAD: (11, 5)})
     small = tuple(name for name in shapes if len(shapes[name]) == 1)
     settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -45,7 +48,19 @@ def make_source(*, tied: bool, **changes: Any) -> Source:
         "skipped_steps": 2,
         "scheduler": {"last_batch_iteration": 8},
     }
-    return Source(**(fields | changes))
+    return TrainingState(**(fields | changes))
+
+
+def be_killed(folder: str) -> None:
+    """Ends the process, with exit code 7 and no clean-up, when a first parameter is written."""
+    source = make_source(tied=False)
+
+    def read(name: str, kind: Kind) -> np.ndarray:
+        if kind == "exp_avg_sq":
+            os._exit(7)
+        return source.read(name, kind)
+
+    write_checkpoint(Path(folder), dataclasses.replace(source, read=read), Target(stage=1, world_size=1, dtype="fp32"))
 
 
 class StandIn:

@@ -31,7 +31,7 @@ class ParamGroup:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class TrainingState:
     """A training state by Hugging Face's names."""
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -80,7 +80,7 @@ class Target:
     def module_dtype(self) -> np.dtype:
         return np.dtype(np.float32 if self.dtype == "fp32" else ml_dtypes.bfloat16)
 
-    def layout(self, source: Source) -> Layout:
+    def layout(self, source: TrainingState) -> Layout:
         """Which rank's buffer has which elements of the source."""
         named = [name for group in source.groups for name in group.names]
         assert sorted(named) == sorted(source.shapes), "every parameter is in one group"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from r1jax.deepspeed.pickle_writer import Call, Instance, Named, Tensor, size
-from r1jax.deepspeed.source import KINDS, Kind, ParamGroup, Source, Target
+from r1jax.deepspeed.training_state import KINDS, Kind, ParamGroup, Target, TrainingState
 from r1jax.deepspeed.zero_layout import Layout
 
 DS_VERSION = "0.19.8"
@@ -23,7 +23,7 @@ _FRAGMENT = Named("deepspeed.utils.tensor_fragment", "fragment_address")
 
 
 def model_states(
-    source: Source,
+    source: TrainingState,
     target: Target,
     layout: Layout,
     module: Mapping[str, Tensor],
@@ -58,7 +58,7 @@ def model_states(
     }
 
 
-def module_tensors(source: Source, target: Target) -> dict[str, Tensor]:
+def module_tensors(source: TrainingState, target: Target) -> dict[str, Tensor]:
     """The model's tensors by name; tied names have the same one. At stage 3 they are empty: the parts are elsewhere."""
     dtype = target.module_dtype
     found = {name: Tensor(dtype, (0,) if target.stage == 3 else shape) for name, shape in source.shapes.items()}
@@ -78,7 +78,7 @@ def flat_tensors(target: Target, layout: Layout, rank: int) -> list[dict[Kind, T
 
 
 def optim_states(
-    source: Source, target: Target, layout: Layout, rank: int, tensors: Sequence[dict[Kind, Tensor]]
+    source: TrainingState, target: Target, layout: Layout, rank: int, tensors: Sequence[dict[Kind, Tensor]]
 ) -> dict[str, Any]:
     """The value of a rank's optim_states.pt with these buffers."""
     adam = {
@@ -116,7 +116,7 @@ def optim_states(
     return {"optimizer_state_dict": state, "ds_config": ds_config(target), "ds_version": DS_VERSION}
 
 
-def universal_state(source: Source, target: Target, layout: Layout) -> dict[str, Any]:
+def universal_state(source: TrainingState, target: Target, layout: Layout) -> dict[str, Any]:
     """The value of a universal checkpoint's optimizer_state.pt."""
     return {
         **global_state(target),
@@ -138,7 +138,7 @@ def global_state(target: Target) -> dict[str, Any]:
     }
 
 
-def param_groups(source: Source, target: Target, layout: Layout) -> list[dict[str, Any]]:
+def param_groups(source: TrainingState, target: Target, layout: Layout) -> list[dict[str, Any]]:
     """AdamW's groups as torch keeps them, with the indices of their (sub-)groups."""
     return [_param_group(group, target, layout, index) for index, group in enumerate(source.groups)]
 
