@@ -18,6 +18,9 @@ from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.universal_writer import write_universal
 from r1jax.deepspeed.zero_writer import write_zero
 
+_TRAINER_KEYS = ("train_batch_size", "logging_steps", "save_steps")
+"""A Trainer that resumes fails without the first (a device's rows), and takes 500 for the others, not its arguments."""
+
 
 def write_checkpoint(folder: Path, source: TrainingState, target: Target, *, universal: bool = False) -> Path:
     """The checkpoint's folder in the one that DeepSpeed's load_checkpoint gets, where `latest` names it then."""
@@ -35,19 +38,23 @@ def write_trainer_checkpoint(
     folder: Path,
     source: TrainingState,
     target: Target,
+    trainer_state: Mapping[str, Any],
     *,
-    trainer_state: Mapping[str, Any] | None = None,
     model_folder: Path | None = None,
 ) -> Path:
     """The folder checkpoint-N from which transformers' Trainer resumes, in the one that is its output_dir.
 
-    `trainer_state` becomes trainer_state.json (None: a state that knows of nothing but the step); the files of
-    `model_folder`, if there is one, are copied (config.json, weights, tokenizer). The states of random numbers and the
-    training's arguments are not written: the Trainer resumes without them, with other dropout and another order of
-    what it shuffles by them.
+    `trainer_state` becomes trainer_state.json, with the step; the files of `model_folder`, if there is one, are copied
+    (config.json, weights, tokenizer). The states of random numbers and the training's arguments are not written: the
+    Trainer resumes without them, with other random numbers (dropout). Raises UserError, before anything is written, for
+    a state without what the Trainer takes from there.
     """
     name = f"global_step{source.global_step}"
-    state = {"global_step": source.global_step, **(trainer_state or {})}
+    missing = [key for key in _TRAINER_KEYS if key not in trainer_state]
+    if missing:
+        advice = "take them from the arguments of the run that will resume"
+        raise need("trainer_state", ", ".join(_TRAINER_KEYS), f"none of {', '.join(missing)}", advice)
+    state = {**trainer_state, "global_step": trainer_state.get("global_step", source.global_step)}
     assert state["global_step"] == source.global_step
     with _staged(folder / f"checkpoint-{source.global_step}") as staging:
         if model_folder is not None:

@@ -6,7 +6,7 @@ read later is inside of them.
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from r1jax.config.errors import need, shown
 from r1jax.deepspeed.folders import CheckpointFiles
@@ -34,6 +34,7 @@ class Stretch:
     stop: int
 
 
+@runtime_checkable
 class Source(Protocol):
     """Finds parameters in the files of an open checkpoint."""
 

@@ -165,9 +165,8 @@ def test_the_trainers_folder_has_its_own_files(tmp_path: Path):
     (model / "config.json").write_text("{}")
     schedule = {"base_lrs": [0.1, 0.1], "last_epoch": 9, "lr_lambdas": [{}, {}]}
     source, target = make_source(tied=True, scheduler=schedule), Target(stage=3, world_size=2, dtype="bf16")
-    folder = write_trainer_checkpoint(
-        tmp_path / "out", source, target, trainer_state={"epoch": 0.5}, model_folder=model
-    )
+    state = {"epoch": 0.5, "train_batch_size": 4, "logging_steps": 1, "save_steps": 3}
+    folder = write_trainer_checkpoint(tmp_path / "out", source, target, state, model_folder=model)
     assert folder == tmp_path / "out" / "checkpoint-9"
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
@@ -177,9 +176,15 @@ def test_the_trainers_folder_has_its_own_files(tmp_path: Path):
         "trainer_state.json",
     }
     assert (folder / "latest").read_text() == "global_step9"
-    assert json.loads((folder / "trainer_state.json").read_text()) == {"epoch": 0.5, "global_step": 9}
+    assert json.loads((folder / "trainer_state.json").read_text()) == state | {"global_step": 9}
     assert torch.load(folder / "scheduler.pt", weights_only=True) == schedule
     assert model_files(folder / "global_step9", target)[0]["lr_scheduler"] is None
+
+
+def test_a_trainers_state_without_its_steps_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"trainer_state: need .*, got none of logging_steps, save_steps; "):
+        write_trainer_checkpoint(tmp_path, make_source(tied=True), TARGETS[0], {"train_batch_size": 4})
+    assert list(tmp_path.iterdir()) == []
 
 
 class Stopped(Exception):

@@ -4,6 +4,7 @@ It knows nothing of r1jax. A state is written as arrays by name (`state.npz`: ki
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -12,12 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+
+# By name: it is not installed where types are checked.
+deepspeed = importlib.import_module("deepspeed")
+gathered = importlib.import_module("deepspeed.utils")
 
 NUM_SEQUENCES, NUM_TOKENS, VOCABULARY = 12, 16, 127
 STEPS = 3
@@ -48,7 +51,6 @@ def make_model(*, tied: bool, seed: int) -> Qwen2ForCausalLM:
             num_key_value_heads=1,
             max_position_embeddings=64,
             tie_word_embeddings=tied,
-            attn_implementation="eager",
             use_cache=False,
         )
     )
@@ -103,9 +105,9 @@ def state_of(engine: Any) -> dict[str, np.ndarray]:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         for kind in ("fp32", "exp_avg", "exp_avg_sq"):
             whole = (
-                safe_get_full_fp32_param(parameter)
+                gathered.safe_get_full_fp32_param(parameter)
                 if kind == "fp32"
-                else safe_get_full_optimizer_state(parameter, kind)
+                else gathered.safe_get_full_optimizer_state(parameter, kind)
             )
             found[f"{kind}/{name}"] = whole.detach().float().numpy().reshape(shape).copy()
     return found
@@ -118,7 +120,7 @@ def groups_of(engine: Any) -> list[dict[str, Any]]:
 def write_results(folder: Path, arrays: dict[str, np.ndarray], results: dict[str, Any]) -> None:
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / "state.npz", **arrays)
+        np.savez(folder / "state.npz", allow_pickle=False, **arrays)
         (folder / "state.json").write_text(json.dumps(results))
     torch.distributed.barrier()
 
