@@ -1,7 +1,7 @@
 # Every target works on a fresh clone: it makes .venv and installs what it needs first. A second call installs nothing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-integration test-real test-aot test-vllm aot-table lint format bench clean
+.PHONY: help quickstart test test-integration test-real test-aot test-vllm test-deepspeed aot-table lint format bench clean
 
 # The best Python that really starts and can make environments (a version manager's shim may exist and do neither).
 PYTHON ?= $(shell for candidate in python3.12 python3.13 python3.11 python3; do \
@@ -17,6 +17,7 @@ help:
 	@echo "make test-real    a real pretrained model on real data (needs R1JAX_TEST_ASSETS)"
 	@echo "make test-aot     ZeRO's collectives and memory, compiled for TPUs on this CPU (an environment of its own)"
 	@echo "make test-vllm    against a real vLLM server on this CPU (needs R1JAX_TEST_ASSETS; an environment of its own)"
+	@echo "make test-deepspeed  checkpoints that the real DeepSpeed engine loads and goes on from (an environment of its own)"
 	@echo "make lint | format | bench | clean"
 
 .venv/pyvenv.cfg:
@@ -95,6 +96,22 @@ VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-c
 test-vllm: .venv/.test .venv-vllm/.vllm $(SMOLLM2)
 	.venv/bin/python -m pytest -m vllm tests/vllm
 
+# The engine's environment, without its own kernels: checkpoints need none. The trainer is not installed there. At the
+# first run the engine compiles what its processes talk through, so it needs g++.
+DEEPSPEED_VERSION := 0.19.8
+DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip install --quiet --disable-pip-version-check
+.venv-deepspeed/.deepspeed:
+	@test -n "$(PYTHON)" || { echo "PYTHON: need Python 3.11 or newer with venv, found none; call make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@test -e .venv-deepspeed/pyvenv.cfg || $(PYTHON) -m venv .venv-deepspeed
+	@echo "installing DeepSpeed for the CPU (some minutes the first time, 1.2 GB)"
+	@$(DEEPSPEED_PIP) torch==2.13.0 numpy ninja setuptools wheel packaging
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(DEEPSPEED_PIP) --no-build-isolation \
+	  deepspeed==$(DEEPSPEED_VERSION) transformers accelerate safetensors
+	@touch $@
+
+test-deepspeed: .venv/.test .venv-deepspeed/.deepspeed
+	.venv/bin/python -m pytest -m deepspeed tests/real_deepspeed
+
 # The tables of docs/zero.md, and the modelled one of docs/performance.md.
 aot-table: .venv-aot/.aot
 	@.venv-aot/bin/python -m tests.aot.table
@@ -104,4 +121,4 @@ bench: .venv/.test
 	.venv/bin/python -m bench.sft --resume
 
 clean:
-	rm -rf .venv .venv-aot .venv-vllm .cache .jax_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-aot .venv-vllm .venv-deepspeed .cache .jax_cache .pytest_cache .ruff_cache build dist

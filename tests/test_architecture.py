@@ -18,7 +18,7 @@ LAYERS = {
     **dict.fromkeys(("sft", "grpo", "commands", "runtime"), 4),
     **dict.fromkeys(("training", "experience"), 3),
     **dict.fromkeys(("data", "objectives", "rewards", "rollout", "checkpoints"), 2),
-    **dict.fromkeys(("optimizer", "footprint", "trackers"), 2),
+    **dict.fromkeys(("optimizer", "footprint", "trackers", "deepspeed"), 2),
     **dict.fromkeys(("models", "sharding", "sandbox", "xla_flags"), 1),
     **dict.fromkeys(("config", "batch", "progress"), 0),
     "vllm_plugin": -1,

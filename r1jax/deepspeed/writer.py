@@ -1,0 +1,106 @@
+"""Whole checkpoints, in DeepSpeed's folders or in those of Hugging Face's Trainer.
+
+A checkpoint is written into a folder of its own beside its place and renamed when it is on disk, so a killed run leaves
+nothing that looks like one.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from r1jax.config.errors import need
+from r1jax.deepspeed.torch_writer import save
+from r1jax.deepspeed.training_state import Target, TrainingState
+from r1jax.deepspeed.universal_writer import write_universal
+from r1jax.deepspeed.zero_writer import write_zero
+
+_TRAINER_KEYS = ("train_batch_size", "logging_steps", "save_steps")
+"""A Trainer that resumes fails without the first (a device's rows), and takes 500 for the others, not its arguments."""
+
+
+def write_checkpoint(folder: Path, source: TrainingState, target: Target, *, universal: bool = False) -> Path:
+    """The checkpoint's folder in the one that DeepSpeed's load_checkpoint gets, where `latest` names it then."""
+    name = f"global_step{source.global_step}" + ("_universal" if universal else "")
+    with _staged(folder / name) as staging:
+        if universal:
+            write_universal(staging, source, target)
+        else:
+            write_zero(staging, source, target, scheduler=True)
+    _replace_text(folder / ("latest_universal" if universal else "latest"), name)
+    return folder / name
+
+
+def write_trainer_checkpoint(
+    folder: Path,
+    source: TrainingState,
+    target: Target,
+    trainer_state: Mapping[str, Any],
+    *,
+    model_folder: Path | None = None,
+) -> Path:
+    """The folder checkpoint-N from which transformers' Trainer resumes, in the one that is its output_dir.
+
+    `trainer_state` becomes trainer_state.json, with the step; the files of `model_folder`, if there is one, are copied
+    (config.json, weights, tokenizer). The states of random numbers and the training's arguments are not written: the
+    Trainer resumes without them, with other random numbers (dropout). Raises UserError, before anything is written, for
+    a state without what the Trainer takes from there.
+    """
+    name = f"global_step{source.global_step}"
+    missing = [key for key in _TRAINER_KEYS if key not in trainer_state]
+    if missing:
+        advice = "take them from the arguments of the run that will resume"
+        raise need("trainer_state", ", ".join(_TRAINER_KEYS), f"none of {', '.join(missing)}", advice)
+    state = {**trainer_state, "global_step": trainer_state.get("global_step", source.global_step)}
+    assert state["global_step"] == source.global_step
+    with _staged(folder / f"checkpoint-{source.global_step}") as staging:
+        if model_folder is not None:
+            shutil.copytree(model_folder, staging, dirs_exist_ok=True)
+        (staging / name).mkdir()
+        # The Trainer keeps its schedule itself, in a file of its own.
+        write_zero(staging / name, source, target, scheduler=False)
+        if source.scheduler is not None:
+            save(staging / "scheduler.pt", dict(source.scheduler))
+        text = json.dumps(state, indent=2, sort_keys=True) + "\n"
+        (staging / "trainer_state.json").write_text(text, encoding="utf-8")
+        (staging / "latest").write_text(name, encoding="utf-8")
+    return folder / f"checkpoint-{source.global_step}"
+
+
+@contextlib.contextmanager
+def _staged(final: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `final`; raises UserError before anything is written if that exists."""
+    if final.exists():
+        raise need("output", "no checkpoint of this step", f"{final}", "remove it or give another folder")
+    staging = final.with_name(f".{final.name}.incomplete")
+    # What a killed run has left.
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in [*staging.rglob("*"), staging]:
+            _sync(path)
+        staging.rename(final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Writes the file so that it has its old text or the new one at any time."""
+    staging = path.with_name(f".{path.name}.incomplete")
+    staging.write_text(text, encoding="utf-8")
+    _sync(staging)
+    staging.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

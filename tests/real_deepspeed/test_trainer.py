@@ -1,0 +1,58 @@
+"""transformers' Trainer resumes from what is written from its own checkpoint, at its stage and at another."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from r1jax.deepspeed.checkpoint import ZeroCheckpoint, open_checkpoint
+from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
+from r1jax.deepspeed.writer import write_trainer_checkpoint
+from tests.real_deepspeed.launch import run_cases
+
+pytestmark = pytest.mark.deepspeed
+
+# A loss of float32 in another order of summing.
+TOLERANCE = 2e-6
+
+
+def state_of(opened: ZeroCheckpoint) -> TrainingState:
+    assert opened.scheduler is not None and opened.scheduler.origin == "scheduler.pt"
+    names = ("lr", "weight_decay", "betas", "eps", "initial_lr")
+    return TrainingState(
+        shapes=opened.parameters,
+        tied=opened.tied,
+        groups=tuple(ParamGroup(names=g.names, **{name: g.settings[name] for name in names}) for g in opened.groups),
+        read=opened.read,
+        adam_step=opened.step,
+        global_step=opened.global_steps,
+        scheduler=opened.scheduler.state,
+    )
+
+
+def test_the_trainer_goes_on(tmp_path: Path):
+    case: dict[str, Any] = {"command": "trainer", "tied": True}
+    whole = run_cases(tmp_path, 2, {"whole": case | {"stage": 2}})["whole"].facts
+    saved = tmp_path / "whole" / "trainer" / "checkpoint-3"
+    opened = open_checkpoint(saved)
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(saved / "config.json", model)
+    got = {}
+    assert opened.trainer_state is not None
+    least = {"train_batch_size": 6, "logging_steps": 1, "save_steps": 3}
+    for stage, state in ((2, opened.trainer_state), (3, least)):
+        target = Target(stage=stage, world_size=2, dtype="fp32", fused=True)
+        folder = write_trainer_checkpoint(tmp_path / f"z{stage}", state_of(opened), target, state, model_folder=model)
+        resumed = case | {"stage": stage, "load": str(folder)}
+        got[stage] = run_cases(tmp_path, 2, {f"resumed-z{stage}": resumed})[f"resumed-z{stage}"].facts
+    kept = json.loads((saved / "trainer_state.json").read_text())["log_history"]
+    assert got[2]["history"] == whole["history"] and got[2]["history"][:3] == kept
+    # The least of the Trainer's states has no history, and the steps are the same.
+    assert [entry["step"] for entry in got[3]["history"]] == [4, 5, 6]
+    for key in ("loss", "learning_rate"):
+        ours, theirs = ([entry[key] for entry in history] for history in (got[3]["history"], whole["history"][3:]))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE, err_msg=key)
