@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,27 @@ def test_every_parameter_is_read_once(tmp_path: Path):
         read.clear()
         write_checkpoint(tmp_path / str(index), dataclasses.replace(source, read=counted), target)
         assert sorted(read) == sorted(itertools.product(source.shapes, KINDS))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_memory_holds_a_parameter_and_not_a_ranks_share(tmp_path: Path, stage: int):
+    shapes = {f"layers.{i}.weight": (512, 512) for i in range(12)}
+    group = dataclasses.replace(make_source(tied=False).groups[0], names=tuple(shapes))
+    source = make_source(
+        tied=False,
+        shapes=shapes,
+        groups=(group,),
+        read=lambda name, kind: np.full(shapes[name], 0.5, np.float32),
+    )
+    tracemalloc.start()
+    try:
+        write_checkpoint(tmp_path, source, Target(stage=stage, world_size=2, dtype="bf16"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    one = 4 * 512 * 512
+    # With its rounded copy and the one before, which the next replaces; a rank's share is eighteen.
+    assert one < peak < 4 * one
 
 
 @pytest.mark.parametrize("size", [1, 20, 40])
