@@ -63,7 +63,7 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path):
     assert page.read_text().endswith("|\n<!-- measured: end -->\nafter\n")
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_all_of_it_runs_on_a_cpu(tmp_path: Path):
     """Both sides of an update, of GRPO's and of a decode, and the parts; without what a GPU machine lacks."""
     for absent in ("grain", "datasets", "tensorboardX", "math_verify", "trl"):
