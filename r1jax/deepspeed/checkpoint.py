@@ -16,9 +16,10 @@ from r1jax.config.errors import need
 from r1jax.deepspeed.content import of_kind, plain
 from r1jax.deepspeed.folders import TRAINER_STATE, CheckpointFiles, find_checkpoint
 from r1jax.deepspeed.model_states import ModelStates, read_model_states
-from r1jax.deepspeed.optimizer_states import KINDS, AdamSettings
+from r1jax.deepspeed.optimizer_states import AdamSettings
 from r1jax.deepspeed.torch_file import load, reading
 from r1jax.deepspeed.universal_reader import read_universal
+from r1jax.deepspeed.zero_layout import KINDS
 from r1jax.deepspeed.zero_reader import Source, Stretch, frozen_stretches, read_zero
 
 SCHEDULER = "scheduler.pt"

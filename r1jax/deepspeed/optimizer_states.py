@@ -9,11 +9,9 @@ from r1jax.deepspeed.content import count, get, number, of_kind, plain
 from r1jax.deepspeed.pickles import Opaque, Refused
 from r1jax.deepspeed.tensors import FileTensor
 from r1jax.deepspeed.torch_file import load, reading
+from r1jax.deepspeed.zero_layout import MOMENTS
 
 WHAT = "a DeepSpeed optim_states file"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("fp32", *MOMENTS)
-"""What is kept of each trained parameter."""
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 _ONE_SAVE = "the files must be of one save: copy the whole folder again"

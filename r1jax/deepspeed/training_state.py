@@ -2,17 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from r1jax.config.errors import at_least, require
-from r1jax.deepspeed.zero_layout import SUB_GROUP_SIZE, Layout, make_layout
-
-Kind = Literal["fp32", "exp_avg", "exp_avg_sq"]
-KINDS: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
-"""What is kept of a parameter: its float32 weights and Adam's two moments."""
+from r1jax.deepspeed.zero_layout import SUB_GROUP_SIZE, Kind, Layout, make_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from r1jax.deepspeed.content import get, number, of_kind
 from r1jax.deepspeed.model_states import ModelStates
 from r1jax.deepspeed.optimizer_states import (
     FLOATS,
-    KINDS,
     AdamSettings,
     loss_scale,
     read_groups,
@@ -26,6 +25,7 @@ from r1jax.deepspeed.optimizer_states import (
 from r1jax.deepspeed.pickles import Refused
 from r1jax.deepspeed.tensors import FileTensor
 from r1jax.deepspeed.torch_file import load, reading
+from r1jax.deepspeed.zero_layout import KINDS
 from r1jax.deepspeed.zero_reader import Stretch
 
 WHAT = "a parameter of a universal checkpoint"

@@ -11,8 +11,9 @@ import numpy as np
 
 from r1jax.config.errors import require
 from r1jax.deepspeed.torch_writer import TorchFile, save
-from r1jax.deepspeed.training_state import KINDS, Target, TrainingState
+from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.written_states import model_states, module_tensors, universal_state
+from r1jax.deepspeed.zero_layout import KINDS
 from r1jax.deepspeed.zero_writer import read
 
 

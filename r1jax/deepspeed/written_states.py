@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from r1jax.deepspeed.pickle_writer import Call, Instance, Named, Tensor, size
-from r1jax.deepspeed.training_state import KINDS, Kind, ParamGroup, Target, TrainingState
-from r1jax.deepspeed.zero_layout import Layout
+from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
+from r1jax.deepspeed.zero_layout import KINDS, Kind, Layout
 
 DS_VERSION = "0.19.8"
 """The release whose format this is. Stage 1 refuses files before 0.3.17."""

@@ -9,12 +9,18 @@ is split into sub-groups there, which have buffers of their own.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Literal
 
 ALIGNMENT = 2
 """Elements by which DeepSpeed's stages 1 and 2 align a rank's slice (its nccl_start_alignment_factor)."""
 
 SUB_GROUP_SIZE = 10**9
 """DeepSpeed's default of sub_group_size."""
+
+Kind = Literal["fp32", "exp_avg", "exp_avg_sq"]
+MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+KINDS: tuple[Kind, ...] = ("fp32", *MOMENTS)
+"""What is kept of a trained parameter: its float32 weights and Adam's two moments."""
 
 Numels = Sequence[tuple[str, int]]
 """The parameters of a group in the order of their flattening, each with its number of elements."""

@@ -11,11 +11,11 @@ from typing import Protocol, runtime_checkable
 from r1jax.config.errors import need, shown
 from r1jax.deepspeed.folders import CheckpointFiles
 from r1jax.deepspeed.model_states import ModelStates
-from r1jax.deepspeed.optimizer_states import KINDS, WHAT, RankState, read_rank, refuse_other_save
+from r1jax.deepspeed.optimizer_states import WHAT, RankState, read_rank, refuse_other_save
 from r1jax.deepspeed.pickles import Refused
 from r1jax.deepspeed.tensors import FileTensor
 from r1jax.deepspeed.torch_file import reading
-from r1jax.deepspeed.zero_layout import Layout, Numels, make_layout, shard_numel
+from r1jax.deepspeed.zero_layout import KINDS, Layout, Numels, make_layout, shard_numel
 
 _WHOLE = "copy the whole folder again or name another checkpoint"
 # Elements a rank that a flat buffer may be longer than its parameters; DeepSpeed aligns to 2, with padding between

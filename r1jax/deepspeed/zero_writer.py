@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from r1jax.deepspeed.torch_writer import TorchFile
-from r1jax.deepspeed.training_state import KINDS, Kind, Target, TrainingState
+from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.written_states import flat_tensors, model_states, module_tensors, optim_states
+from r1jax.deepspeed.zero_layout import KINDS, Kind
 
 
 def write_zero(folder: Path, source: TrainingState, target: Target, *, scheduler: bool) -> None:

@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from r1jax.deepspeed.training_state import Kind, ParamGroup, Target, TrainingState
+from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
 from r1jax.deepspeed.writer import write_checkpoint
+from r1jax.deepspeed.zero_layout import Kind
 
 # Odd sizes: no world size above one divides them.
 SHAPES = {

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from r1jax.config.errors import UserError
 from r1jax.deepspeed.checkpoint import open_checkpoint
-from r1jax.deepspeed.optimizer_states import KINDS
 from r1jax.deepspeed.torch_file import load
+from r1jax.deepspeed.zero_layout import KINDS
 
 FIXTURES = (
     "llama_z1_ws2_fp32",

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from r1jax.deepspeed.checkpoint import open_checkpoint
-from r1jax.deepspeed.training_state import KINDS, Target
+from r1jax.deepspeed.training_state import Target
 from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
+from r1jax.deepspeed.zero_layout import KINDS
 from tests.deepspeed.sources import array, make_source
 
 LAYOUTS = [*((stage, size, False) for stage in (1, 2, 3) for size in (1, 2, 4)), (1, 3, True), (2, 1, True)]

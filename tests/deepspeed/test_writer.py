@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from r1jax.config.errors import UserError
-from r1jax.deepspeed.training_state import KINDS, Kind, ParamGroup, Target, TrainingState
+from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
 from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
+from r1jax.deepspeed.zero_layout import KINDS, Kind
 from tests.deepspeed.sources import (
     HEAD,
     array,

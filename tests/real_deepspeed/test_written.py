@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from r1jax.deepspeed.training_state import Kind, Target, TrainingState
+from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.writer import write_checkpoint
+from r1jax.deepspeed.zero_layout import Kind
 from tests.deepspeed.sources import load, model_files, optimizer_files
 from tests.real_deepspeed.conftest import Reference
 from tests.real_deepspeed.launch import Case, Results, run_cases
