@@ -13,19 +13,22 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from r1jax.config.optimizer import OptimizerConfig
+from r1jax.config.optimizer import DEEPSPEED_SCHEDULES, OptimizerConfig
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Tree = Any
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
-    """The learning rate of the update that follows `count` earlier ones, as transformers' schedulers define it.
+    """The learning rate of the update that follows `count` earlier ones, as transformers' schedulers (or DeepSpeed's)
+    define it.
 
     The first update of a warm-up therefore has learning rate 0.
     """
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
     kind, given = config.lr_scheduler_type, config.lr_scheduler_kwargs
+    if kind in DEEPSPEED_SCHEDULES:
+        return _deepspeed_schedule(config, warmup, given.get("total_num_steps", num_steps))
     cycles = given.get("num_cycles", 0.5)
     floor = given.get("min_lr_rate", given.get("min_lr", 0.0) / max(config.learning_rate, 1e-30))
 
@@ -43,6 +46,20 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
         rising = step / max(1, warmup)
         # "constant" ignores warm-up in transformers too.
         return config.learning_rate * jnp.where((step < warmup) & (kind != "constant"), rising, after)
+
+    return schedule
+
+
+def _deepspeed_schedule(config: OptimizerConfig, warmup: int, total: float) -> Schedule:
+    """WarmupLR and WarmupDecayLR of DeepSpeed, whose engine takes a schedule's step after the update: each update has
+    the rate that the count before it stands for, the first two have warmup_min_lr."""
+    low = config.lr_scheduler_kwargs.get("warmup_min_lr", 0.0)
+
+    def schedule(count: Int[Array, ""]) -> Float[Array, ""]:
+        step = jnp.maximum(count.astype(jnp.float32) - 1.0, 0.0)
+        falling = jnp.maximum(total - step, 0.0) / max(1.0, total - warmup)
+        after = falling if config.lr_scheduler_type == "WarmupDecayLR" else 1.0
+        return low + (config.learning_rate - low) * jnp.where(step < warmup, step / max(1, warmup), after)
 
     return schedule
 

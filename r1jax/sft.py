@@ -76,6 +76,7 @@ def run(config: RunConfig) -> None:
     train, held_out = tokenise_splits(config, source, splits, data_shards(mesh))
     order = data_order(config, data_shards(mesh), train.plan.fingerprint_at)
     with opened(config, source) as opening:
+        config = opening.config
         if opening.start is not None:
             check_start(opening.start, layout, order)
         # 2. The estimate comes before the compiler has its say.

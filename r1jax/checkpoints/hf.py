@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from r1jax import progress
-from r1jax.checkpoints.tensor_files import TensorFiles, read_json, stored_dtype
+from r1jax.checkpoints.tensor_files import TensorFiles, Tensors, read_json, stored_dtype
 from r1jax.checkpoints.vocabulary import read_grown
 from r1jax.config.errors import need
 from r1jax.models.config import DecoderConfig
@@ -56,7 +56,12 @@ def config_dtype(hf_config: dict[str, Any]) -> str | None:
 def check_weights(directory: Path, config: DecoderConfig) -> None:
     """Nothing; raises `UserError` as `load_params` would, from the files' headers."""
     with TensorFiles(directory) as files:
-        _refuse_other_tensors(files, config, abstract_params(config))
+        check_tensors(files, config)
+
+
+def check_tensors(files: Tensors, config: DecoderConfig) -> None:
+    """Nothing; raises `UserError` as `load_from` would."""
+    _refuse_other_tensors(files, config, abstract_params(config))
 
 
 def load_params(
@@ -78,7 +83,7 @@ def load_params(
 
 
 def load_from(
-    files: TensorFiles,
+    files: Tensors,
     config: DecoderConfig,
     shardings: PyTree,
     dtype: DTypeLike = jnp.float32,
@@ -107,7 +112,7 @@ def load_from(
 
 
 def _load_leaf(
-    files: TensorFiles, name: TensorName, shape: tuple[int, ...], sharding: jax.sharding.Sharding, buffer: np.ndarray
+    files: Tensors, name: TensorName, shape: tuple[int, ...], sharding: jax.sharding.Sharding, buffer: np.ndarray
 ) -> jax.Array:
     """The leaf under its sharding; `buffer` is the host memory that its slices pass through."""
     devices_of: dict[tuple[tuple[int, int], ...], list[Any]] = {}
@@ -132,7 +137,7 @@ def _put(piece: np.ndarray, device: Any) -> jax.Array:
 
 
 def _read_slice(
-    files: TensorFiles, name: TensorName, bounds: tuple[tuple[int, int], ...], buffer: np.ndarray
+    files: Tensors, name: TensorName, bounds: tuple[tuple[int, int], ...], buffer: np.ndarray
 ) -> np.ndarray:
     """Our leaf's slice between these bounds, gathered over layers and transposed into our order; a view of `buffer`."""
     shape = [stop - start for start, stop in bounds]
@@ -151,7 +156,7 @@ def _read_slice(
     return result
 
 
-def _refuse_other_tensors(files: TensorFiles, config: DecoderConfig, abstract: PyTree) -> None:
+def _refuse_other_tensors(files: Tensors, config: DecoderConfig, abstract: PyTree) -> None:
     expected = {tensor.name: tensor.shape for tensor in hf_tensors(abstract, config)}
     found = files.names()
     if config.tied_embeddings and "lm_head.weight" in found:
@@ -172,7 +177,7 @@ def _refuse_other_tensors(files: TensorFiles, config: DecoderConfig, abstract: P
             raise need("model_name_or_path", rule, got, _ONE_MODEL)
 
 
-def _refuse_untied(files: TensorFiles) -> None:
+def _refuse_untied(files: Tensors) -> None:
     """Raises unless the stored lm_head is the embedding, bit by bit."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if embedding not in files.names():

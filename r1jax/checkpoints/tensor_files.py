@@ -4,7 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -45,6 +45,21 @@ def weight_files(directory: Path, single: str = SINGLE_FILE) -> dict[str, list[s
     return files
 
 
+@runtime_checkable
+class Tensors(Protocol):
+    """A model's tensors by Hugging Face's names, wherever they are, read slice by slice."""
+
+    @property
+    def directory(self) -> Path:
+        """Named where something is wrong."""
+        ...
+
+    def names(self) -> set[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
 class TensorFiles:
     """The tensors of a directory by name, over all its files; a context manager. `bytes_read` counts what was copied.
 
@@ -56,7 +71,7 @@ class TensorFiles:
 
         Raises `UserError` when there are no safetensors, or one is missing, cut off or lacks a promised tensor.
         """
-        self.directory = directory
+        self._directory = directory
         self.bytes_read = 0
         self._handles: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
@@ -78,7 +93,7 @@ class TensorFiles:
         self._stack.close()
 
     def _open(self, file: str, promised: list[str], stack: contextlib.ExitStack) -> None:
-        path = self.directory / file
+        path = self._directory / file
         if not path.is_file():
             raise need("model_name_or_path", f"every file that {INDEX_FILE} names", f"no {path}", _FETCH_AGAIN)
         try:
@@ -91,6 +106,11 @@ class TensorFiles:
             if tensor not in held:
                 raise need("model_name_or_path", f"{tensor} in {path} as the index says", "none", _FETCH_AGAIN)
             self._handles[tensor] = handle
+
+    @property
+    def directory(self) -> Path:
+        """The folder."""
+        return self._directory
 
     def names(self) -> set[str]:
         """Every tensor's name."""

@@ -8,14 +8,12 @@ random rows promise nothing of that kind, and zero rows give logit 0 where all o
 
 import numpy as np
 
-from r1jax.checkpoints.tensor_files import TensorFiles
+from r1jax.checkpoints.tensor_files import Tensors
 
 _ROWS_AT_A_TIME = 4096
 
 
-def read_grown(
-    files: TensorFiles, tensor: str, rows: tuple[int, int], columns: tuple[int, int], out: np.ndarray
-) -> None:
+def read_grown(files: Tensors, tensor: str, rows: tuple[int, int], columns: tuple[int, int], out: np.ndarray) -> None:
     """Fills `out` [rows, columns] with that part of the grown table; the file's own rows come first."""
     num_stored = files.shape(tensor)[0]
     first, last = rows
@@ -26,7 +24,7 @@ def read_grown(
         out[kept:] = mean_row(files, tensor, columns)
 
 
-def mean_row(files: TensorFiles, tensor: str, columns: tuple[int, int]) -> np.ndarray:
+def mean_row(files: Tensors, tensor: str, columns: tuple[int, int]) -> np.ndarray:
     """float64 [columns]: the mean over the stored rows, a part of them in memory at a time."""
     num_stored = files.shape(tensor)[0]
     total = np.zeros(columns[1] - columns[0])

@@ -4,8 +4,10 @@ Commands (`r1jax/commands.py`) print a `UserError` as one line and exit with cod
 traceback, because it is ours.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Generator
 
 HIDDEN = "***"
 """What is shown in the place of a secret."""
@@ -21,6 +23,19 @@ class UserError(ValueError):
 def need(field: str, rule: str, got: str, advice: str) -> UserError:
     """The UserError for one field; `got` is text already (`shown(value)` for a value)."""
     return UserError(f"{field}: need {rule}, got {got}; {advice}")
+
+
+@contextlib.contextmanager
+def renamed(field: str, to: str) -> Generator[None, None, None]:
+    """Within it a UserError about the one field is about the other: what a part calls by its own name, users gave under
+    another."""
+    try:
+        yield
+    except UserError as error:
+        before, separator, rest = str(error).partition(": ")
+        if before != field or not separator:
+            raise
+        raise UserError(f"{to}: {rest}") from error
 
 
 def require(ok: bool, field: str, rule: str, value: object, advice: str) -> None:

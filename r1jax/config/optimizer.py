@@ -10,12 +10,17 @@ from r1jax.config.errors import at_least, need, require, shown
 # memory-lean AdamW, the others to the one with float32 moments.
 LEAN_OPTIMIZERS = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 
+# DeepSpeed's own, for runs that go on from one of its checkpoints.
+DEEPSPEED_SCHEDULES = ("WarmupLR", "WarmupDecayLR")
+
 SCHEDULE_KEYS = {
     "linear": (),
     "cosine": ("num_cycles",),
     "cosine_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles"),
     "constant": (),
     "constant_with_warmup": (),
+    "WarmupLR": ("warmup_min_lr",),
+    "WarmupDecayLR": ("warmup_min_lr", "total_num_steps"),
 }
 
 
@@ -54,11 +59,20 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 means no clipping."""
 
-    lr_scheduler_type: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "linear"
-    """Shape of the learning rate after warm-up."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_min_lr",
+        "constant",
+        "constant_with_warmup",
+        "WarmupLR",
+        "WarmupDecayLR",
+    ] = "linear"
+    """Shape of the learning rate after warm-up; the last two are DeepSpeed's, one step behind, with linear warm-up."""
 
     lr_scheduler_kwargs: Mapping[str, float] = field(default_factory=_no_kwargs)
-    """The schedule's own numbers: min_lr or min_lr_rate (of learning_rate), num_cycles (0.5 = down once)."""
+    """The schedule's own numbers: min_lr or min_lr_rate (of learning_rate), num_cycles (0.5 = down once);
+    DeepSpeed's warmup_min_lr and total_num_steps."""
 
     warmup_ratio: float = 0.0
     """Part of the run over which the learning rate rises from 0; 0 <= x < 1."""
@@ -87,6 +101,8 @@ class OptimizerConfig:
             require(key in taken, name, rule, key, f"remove {shown(key)} or choose another lr_scheduler_type")
         for key, value in given.items():
             at_least(f"{name}.{key}", value, 0, "use a number that is not negative")
+        low = given.get("warmup_min_lr", 0.0)
+        require(low <= self.learning_rate, f"{name}.warmup_min_lr", "x <= learning_rate", low, "lower it")
         if schedule != "cosine_with_min_lr":
             return
         if ("min_lr" in given) == ("min_lr_rate" in given):

@@ -9,6 +9,7 @@ from r1jax.experience.selection import Carried
 from r1jax.experience.task import Task
 from r1jax.rollout.journal import Journal, Label
 from r1jax.training.bonus import EntropyBonus
+from r1jax.training.deepspeed import STATE_ONLY
 from r1jax.training.opening import Opening
 from r1jax.training.order import DataOrder
 from r1jax.training.reference import Reference
@@ -49,10 +50,6 @@ class Beside:
         """What a checkpoint holds of them."""
         return {name: tree for part in self.parts for name, tree in part.trees().items()}
 
-    def abstract(self) -> dict[str, Any]:
-        """What `trees` holds, as shapes with their shardings."""
-        return {name: tree for part in self.parts for name, tree in part.abstract().items()}
-
 
 def begin(
     config: RunConfig,
@@ -79,13 +76,15 @@ def begin(
         state = start_state(params, config.optimizer, layout)
         return dataclasses.replace(state, frozen=frozen), beside, ({}, fresh)
     del params
+    # A checkpoint of another program's knows nothing of what goes beside: that begins here.
+    held = [] if start.metadata.get(STATE_ONLY) else beside.parts
     wanted = {
-        **beside.abstract(),
+        **{name: tree for part in held for name, tree in part.abstract().items()},
         **storage.abstract(start.metadata, layout.batch),
         **carried_storage.abstract(start.metadata, layout.batch),
     }
     state, trees = restore_beside(start, opening.checkpoints, layout, order, wanted)
-    for part in beside.parts:
+    for part in held:
         part.take(trees)
     size = config.grpo.selection.replay_buffer_size
     carried = carried_storage.restored(trees, start.metadata, fresh, task.reward_names, size)

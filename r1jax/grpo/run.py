@@ -53,6 +53,7 @@ def run(config: RunConfig) -> None:
     )
     how = execution_of(config, source.decoder, layout)
     with opened(config, source) as opening:
+        config = opening.config
         if opening.start is not None:
             order.check(opening.start.metadata)
             storage.check(opening.start.metadata, scored_for(config))

@@ -8,6 +8,8 @@ from typing import Any
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig
+from r1jax.training.carried import carry_over, check_rate
+from r1jax.training.deepspeed import DEEPSPEED
 from r1jax.training.order import DataOrder
 from r1jax.training.publish import Publisher
 from r1jax.training.recorder import Report
@@ -21,10 +23,18 @@ from r1jax.training.state import StateLayout
 class Opening:
     """An output_dir that a run may use; nothing of it is written yet."""
 
+    config: RunConfig
+    """The recipe, with what the run keeps of the DeepSpeed run that it goes on from."""
     checkpoints: Checkpoints
     publisher: Publisher
     start: Start | None
     """The checkpoint to go on from; None to start afresh."""
+
+    @property
+    def handed_on(self) -> dict[str, Any]:
+        """What of the start's metadata every later checkpoint says too."""
+        metadata = self.start.metadata if self.start is not None else {}
+        return {DEEPSPEED: metadata[DEEPSPEED]} if DEEPSPEED in metadata else {}
 
 
 @contextlib.contextmanager
@@ -36,7 +46,9 @@ def opened(config: RunConfig, source: Source) -> Iterator[Opening]:
     with contextlib.closing(checkpoints):
         if not goes_on(config.run, checkpoints):
             publisher.refuse_taken_branch()
-        yield Opening(checkpoints=checkpoints, publisher=publisher, start=find_start(config.run, checkpoints))
+        start = find_start(config.run, checkpoints, source.decoder)
+        config = carry_over(config, start.metadata if start is not None else {})
+        yield Opening(config=config, checkpoints=checkpoints, publisher=publisher, start=start)
 
 
 def begin_writing(
@@ -52,9 +64,11 @@ def begin_writing(
 ) -> Keeper:
     """What keeps the run's results from now on; config.yaml is written and metrics are cut back to the start.
 
-    report: how a task's sums become metrics. adapter: what checkpoints say of one. The keeper's recorder is the
+    report: how a task's sums become metrics. adapter: what checkpoints say of one (`training/adapting.py`). The keeper's recorder is the
     caller's to close.
     """
+    metadata = opening.start.metadata if opening.start is not None else {}
+    check_rate(config.optimizer, metadata, plan.num_steps)
     write_config(config)
     opening.publisher.start()
     return Keeper(
@@ -62,9 +76,10 @@ def begin_writing(
         source=source,
         layout=layout,
         checkpoints=opening.checkpoints,
-        recorder=open_recorder(config, plan, report, opening.start.metadata if opening.start else {}),
+        recorder=open_recorder(config, plan, report, metadata),
         order=order,
         best=best_so_far(config, opening.start, opening.checkpoints),
         publisher=opening.publisher,
-        adapter=adapter or {},
+        num_steps=plan.num_steps,
+        handed_on={**(adapter or {}), **opening.handed_on},
     )

@@ -4,14 +4,16 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints, locate
 from r1jax.config.errors import need
 from r1jax.config.run import RunSettings
+from r1jax.models.config import DecoderConfig
 from r1jax.training.agreement import first_says
+from r1jax.training.deepspeed import DeepSpeedCheckpoint, names_deepspeed
 from r1jax.training.order import DataOrder
 from r1jax.training.publish import STAGING
 from r1jax.training.state import StateLayout, TrainState
@@ -25,11 +27,22 @@ _UNFINISHED = {
 }
 
 
+@runtime_checkable
+class Restorable(Protocol):
+    """A folder with states to go on from, whoever wrote them."""
+
+    @property
+    def directory(self) -> Path: ...
+    def metadata(self, step: int) -> dict[str, Any]: ...
+    def check_leaves(self, step: int, abstract_state: Any) -> None: ...
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
     """A checkpoint to go on from."""
 
-    checkpoints: Checkpoints
+    checkpoints: Restorable
     """The folder that holds it; read only unless it is the run's own."""
     step: int
     """Updates done."""
@@ -37,8 +50,10 @@ class Start:
     """What was saved with it."""
 
 
-def find_start(settings: RunSettings, own: Checkpoints) -> Start | None:
+def find_start(settings: RunSettings, own: Checkpoints, decoder: DecoderConfig) -> Start | None:
     """The checkpoint that `resume_from_checkpoint` asks for; None to start afresh.
+
+    decoder: of the run's model, which a DeepSpeed checkpoint must be one of.
 
     Damaged checkpoints are passed over for the one before, unless one is asked for by its step. Raises `UserError`,
     before anything is deleted, when the one asked for is absent or damaged, when checkpoints are there and none is
@@ -53,7 +68,7 @@ def find_start(settings: RunSettings, own: Checkpoints) -> Start | None:
     if isinstance(wish, str):
         found = locate(Path(wish))
         if found is None:
-            raise need("resume_from_checkpoint", "a run or one of its checkpoints", wish, "check the path")
+            return _start_of_deepspeed(Path(wish), decoder)
         folder, step = found
         source = own if folder == own.directory else Checkpoints(folder, read_only=True)
     if step is None:
@@ -78,6 +93,15 @@ def find_start(settings: RunSettings, own: Checkpoints) -> Start | None:
     elif not damaged:
         logger.info("resuming from step %d of %s", step, source.directory)
     return start
+
+
+def _start_of_deepspeed(path: Path, decoder: DecoderConfig) -> Start:
+    if not names_deepspeed(path):
+        rule = "a run, one of its checkpoints or a DeepSpeed checkpoint"
+        raise need("resume_from_checkpoint", rule, str(path), "check the path")
+    checkpoint = DeepSpeedCheckpoint(path, decoder)
+    logger.info("resuming from step %d of DeepSpeed's %s", checkpoint.step, checkpoint.directory)
+    return Start(checkpoints=checkpoint, step=checkpoint.step, metadata=checkpoint.metadata(checkpoint.step))
 
 
 def check_start(start: Start, layout: StateLayout, order: DataOrder, beside: Mapping[str, Any] | None = None) -> None:

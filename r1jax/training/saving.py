@@ -94,9 +94,11 @@ class Keeper:
     """Compared when a checkpoint is resumed."""
     best: BestSoFar | None
     publisher: Publisher
+    num_steps: int
+    """Of the whole run: the learning rate follows from it."""
     beside: Beside = nothing_beside
-    adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    """What a checkpoint says of an adapter (`training/adapting.py`)."""
+    handed_on: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """What else every checkpoint says: of an adapter, of a DeepSpeed run that this one goes on from."""
 
     def measured(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics of an evaluation, which decide what is best."""
@@ -157,9 +159,14 @@ class Keeper:
             "model_name_or_path": config.model.model_name_or_path,
             "seed": config.run.seed,
             **self.order.about(),
-            **self.adapter,
+            **self.handed_on,
             "num_tokens": self.recorder.num_tokens,
             "recorder": self.recorder.progress(),
             "save_only_model": config.checkpoint.save_only_model,
             "torch_dtype": config.model.torch_dtype,
+            # What a conversion into another program's checkpoint needs of the recipe.
+            "optimizer": dataclasses.asdict(config.optimizer),
+            "num_steps": self.num_steps,
+            "logging_steps": config.reporting.logging_steps,
+            "save_steps": config.checkpoint.save_steps,
         }

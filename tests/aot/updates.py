@@ -99,7 +99,10 @@ def main() -> None:
         "ms at the peak",
         "GB read and written",
     )
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "libtpu"))
+    _say(f"Modelled for one {device.device_kind}, {versions}\n")
+    _say("| " + " | ".join(titles) + " |")
+    _say("|" + "---|" * len(titles))
     for name, setting in CASES:
         case = case_named(name)
         found = compile_update(case, setting, device)
@@ -108,9 +111,13 @@ def main() -> None:
             name, setting.remat, f"{found.state_bytes / 2**30:.1f}", f"{found.temporary_bytes / 2**30:.1f}",
             f"{flops / 1e12:.0f}", f"{1e3 * flops / peak:.0f}" if peak else "-", f"{found.bytes_accessed / 1e9:.0f}",
         ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "libtpu"))
-    sys.stdout.write("\n".join([f"Modelled for one {device.device_kind}, {versions}", "", *lines, ""]))
+        _say("| " + " | ".join(cells) + " |")
+
+
+def _say(line: str) -> None:
+    """A case compiles for minutes: each line is seen when it is there."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ class Training:
         """(final state, updates done, checkpoints left), from its start or from what the folder holds."""
         settings = RunSettings(output_dir=str(folder), resume_from_checkpoint=resume or None)
         with contextlib.closing(Checkpoints(folder / FOLDER, limit)) as checkpoints:
-            found = find_start(settings, checkpoints)
+            found = find_start(settings, checkpoints, DECODER)
             state = restore(found, checkpoints, self.layout, ORDER) if found else self.start()
 
             def inputs(now: Callable[[], TrainState]) -> Iterator[loop.StepInput]:

@@ -14,11 +14,14 @@ from r1jax.config import resolve
 from r1jax.config.errors import UserError
 from r1jax.config.optimizer import OptimizerConfig
 from r1jax.config.run import RunSettings
+from r1jax.models.families import decoder_config
 from r1jax.training.order import data_order
 from r1jax.training.resume import Start, find_start, restore
 from r1jax.training.state import TrainState
+from tests.tiny import HF_CONFIG
 
 OPTIMIZER = OptimizerConfig()
+DECODER = decoder_config(HF_CONFIG)
 ORDER = data_order(
     resolve({"model_name_or_path": "m", "dataset_name": "d", "per_device_train_batch_size": 2}).config,
     4,
@@ -61,7 +64,7 @@ def settings(folder: Path, resume=None, **keys) -> RunSettings:
 def start_of(folder: Path, resume=None, **keys) -> int | None:
     """The step that a run in the folder starts from."""
     with run_folder(folder) as own:
-        start = find_start(settings(folder, resume, **keys), own)
+        start = find_start(settings(folder, resume, **keys), own, DECODER)
         return None if start is None else start.step
 
 
@@ -70,7 +73,7 @@ def test_the_newest_checkpoint_is_taken_unless_told(tmp_path, state):
     save(tmp_path, state, 2, 4)
     assert start_of(tmp_path) == start_of(tmp_path, True) == 4
     with run_folder(tmp_path) as own:
-        start = find_start(settings(tmp_path), own)
+        start = find_start(settings(tmp_path), own, DECODER)
     assert start is not None and start.metadata["plan"] == "the plan" and start.metadata["step"] == 4
 
 
@@ -85,7 +88,7 @@ def test_a_path_names_a_run_or_one_of_its_checkpoints(tmp_path, state):
     save(other, state, 2, 4)
     assert start_of(own_folder, str(other)) == start_of(own_folder, str(other / FOLDER)) == 4
     with run_folder(own_folder) as own:
-        start = find_start(settings(own_folder, str(other / FOLDER / "2")), own)
+        start = find_start(settings(own_folder, str(other / FOLDER / "2")), own, DECODER)
         assert start is not None and start.step == 2 and start.checkpoints is not own
     assert start_of(other) == 4
     for path in (tmp_path / "nowhere", tmp_path):
@@ -117,7 +120,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 def test_state_comes_back_as_it_was_and_later_checkpoints_go(tmp_path, state, layout):
     save(tmp_path, state, 2, 4)
     with run_folder(tmp_path) as own:
-        start = find_start(settings(tmp_path, str(tmp_path / FOLDER / "2")), own)
+        start = find_start(settings(tmp_path, str(tmp_path / FOLDER / "2")), own, DECODER)
         assert start is not None
         restored = restore(start, own, layout, ORDER)
         assert own.all_steps() == [2]
@@ -147,7 +150,7 @@ def test_what_cannot_be_gone_on_from_is_refused(tmp_path, state, layout, about, 
     """Before anything is deleted."""
     save(tmp_path, state, 2, 4, **about)
     with run_folder(tmp_path) as own:
-        start = find_start(settings(tmp_path, str(tmp_path / FOLDER / "2")), own)
+        start = find_start(settings(tmp_path, str(tmp_path / FOLDER / "2")), own, DECODER)
         assert start is not None
         with pytest.raises(UserError, match=f"^resume_from_checkpoint: {rule}"):
             restore(start, own, layout, ORDER)
@@ -193,7 +196,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(tmp_path, state, layout
     save(tmp_path, state, 2, 4)
     harm(tmp_path / FOLDER / "4")
     with run_folder(tmp_path) as own:
-        start = find_start(settings(tmp_path), own)
+        start = find_start(settings(tmp_path), own, DECODER)
         assert start is not None and start.step == 2
         # By identity: a pytest that listens at silent loggers itself hears each record twice.
         records = {id(record): record for record in caplog.records if record.levelname == "WARNING"}
