@@ -1,6 +1,8 @@
 """Files that torch.load reads, also with mmap=True, written without torch and without holding a tensor in memory."""
 
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ from r1jax.deepspeed.zip_writer import ALIGNMENT, Member, ZipWriter
 
 # torch writes a number drawn at random or a hash of the content here; nothing is done with it on reading.
 _IDENTITY = b"0" * 40
+# Elements copied at a time where an array is not in C order or in another dtype.
+_BLOCK = 1 << 20
 
 
 class TorchFile:
-    """A new file with this value; the elements of its `Tensor`s are appended by `write`, those of numpy arrays are in.
+    """A new file with this value; the elements of its `Tensor`s come by `write`, those of numpy arrays are in.
 
     The value is what torch's files mostly have: numbers, texts, tuples, lists, dicts, numpy arrays, `pickle_writer`'s
-    stand-ins. Tensors may be filled in any order and by turns.
+    stand-ins. Elements may come in any order; those that never come are zeros.
     """
 
     def __init__(self, path: Path, value: Any):
@@ -35,29 +39,20 @@ class TorchFile:
         ):
             self._zip.add(f"{root}/{name}", len(content), content)
         for key, tensor in self._storages.values():
-            size = int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
+            size = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
             self._members[id(tensor)] = self._zip.add(f"{root}/data/{key}", size)
             if isinstance(tensor, np.ndarray):
-                self._zip.write(self._members[id(tensor)], _bytes(tensor))
+                self.write(tensor, tensor)
 
-    def write(self, tensor: Tensor, elements: np.ndarray, start: int | None = None) -> None:
-        """Appends elements of the tensor's own dtype, in C order; zeros before them if they `start` further on."""
+    def write(self, tensor: Tensor | np.ndarray, elements: np.ndarray, start: int = 0) -> None:
+        """Puts elements of the tensor's own dtype in their place, which is `start` of the flattened tensor."""
         assert elements.dtype == tensor.dtype
-        member = self._members[id(tensor)]
-        if start is not None:
-            self._fill(member, start * tensor.dtype.itemsize)
-        self._zip.write(member, _bytes(elements))
-
-    def fill(self, tensor: Tensor) -> None:
-        """Appends zeros for all elements that the tensor still lacks."""
-        self._fill(self._members[id(tensor)], tensor.numel * tensor.dtype.itemsize)
-
-    def _fill(self, member: Member, size: int) -> None:
-        assert size >= member.num_written
-        self._zip.write(member, bytes(size - member.num_written))
+        member, itemsize = self._members[id(tensor)], elements.dtype.itemsize
+        for at, block in blocks(elements):
+            self._zip.write(member, block.view(np.uint8).data, (start + at) * itemsize)
 
     def close(self) -> None:
-        """Ends the file; every tensor must have all its elements."""
+        """Ends the file."""
         for name, content in (("version", b"3\n"), (".data/serialization_id", _IDENTITY)):
             self._zip.add(f"{self._root}/{name}", len(content), content)
         self._zip.close()
@@ -77,5 +72,13 @@ def save(path: Path, value: Any) -> None:
     TorchFile(path, value).close()
 
 
-def _bytes(elements: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data
+def blocks(elements: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The array's elements in C order, some rows at a time, with the place of the first in the flattened array.
+
+    An array of any strides costs the memory of a block; one in C order costs none.
+    """
+    rows = np.atleast_1d(elements)
+    numel = math.prod(rows.shape[1:])
+    num_rows = max(1, _BLOCK // max(1, numel))
+    for first in range(0, len(rows), num_rows):
+        yield first * numel, np.ascontiguousarray(rows[first : first + num_rows]).reshape(-1)

@@ -1,14 +1,15 @@
 """What a checkpoint is written from, and which checkpoint is asked for."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from r1jax.config.errors import at_least, require
-from r1jax.deepspeed.zero_layout import SUB_GROUP_SIZE, Kind, Layout, make_layout
+from r1jax.deepspeed.zero_layout import KINDS, SUB_GROUP_SIZE, Kind, Layout, make_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,10 @@ class TrainingState:
     """Names that share another parameter, with the name of that one."""
     groups: tuple[ParamGroup, ...]
     """Every parameter is in one of them."""
-    read: Callable[[str, Kind], np.ndarray]
-    """The float32 array of a parameter; called once for each parameter and kind."""
+    tensors: Callable[[], Iterator[tuple[str, Kind, np.ndarray]]]
+    """Gives every kind of every parameter once, in any order: a float32 array of the parameter's shape, of any strides.
+
+    Nothing holds on to an array when the next is asked for, so views of one large array cost no more than that."""
     adam_step: int
     """Updates that Adam's moments have seen."""
     global_step: int
@@ -46,6 +49,18 @@ class TrainingState:
     """None lets DeepSpeed multiply the steps by the batch size."""
     scheduler: Mapping[str, Any] | None = None
     """The state of the learning rate's schedule, as the program that will load it writes it."""
+
+    def for_each_tensor(self, use: Callable[[str, Kind, np.ndarray], None]) -> None:
+        """Calls `use` with what `tensors` gives, held against what it has to give."""
+        left = set(itertools.product(self.shapes, KINDS))
+        for name, kind, elements in self.tensors():
+            assert (name, kind) in left, f"{kind} of {name}, which is unknown or has been before"
+            assert elements.dtype == np.float32 and elements.shape == tuple(self.shapes[name]), name
+            left.remove((name, kind))
+            use(name, kind, elements)
+            # The loop would hold it while the next is made.
+            del elements
+        assert not left, f"no {sorted(left)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from r1jax.config.errors import require
-from r1jax.deepspeed.torch_writer import TorchFile, save
+from r1jax.deepspeed.torch_writer import TorchFile, blocks, save
 from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.written_states import model_states, module_tensors, universal_state
-from r1jax.deepspeed.zero_layout import KINDS
-from r1jax.deepspeed.zero_writer import read
+from r1jax.deepspeed.zero_layout import Kind
 
 
 def write_universal(folder: Path, source: TrainingState, target: Target) -> None:
@@ -25,17 +24,19 @@ def write_universal(folder: Path, source: TrainingState, target: Target) -> None
     value: dict[str, Any] = model_states(source, target, layout, tensors, scheduler=True)
     # Tensor parallelism would be described here.
     value["universal_checkpoint_info"] = {"universal_checkpoint_version": 0.4}
+    for name in source.shapes:
+        (folder / "zero" / name).mkdir(parents=True)
+        save(folder / "zero" / name / "step.pt", np.array(source.adam_step, np.float32))
     model = TorchFile(folder / "mp_rank_00_model_states.pt", value)
+
+    def write(name: str, kind: Kind, elements: np.ndarray) -> None:
+        save(folder / "zero" / name / f"{kind}.pt", {"cat_dim": 0, "param": elements})
+        if kind == "fp32":
+            for start, block in blocks(elements):
+                model.write(tensors[name], block.astype(target.module_dtype, copy=False), start)
+
     try:
-        for name in source.shapes:
-            parameter = folder / "zero" / name
-            parameter.mkdir(parents=True)
-            save(parameter / "step.pt", np.array(source.adam_step, np.float32))
-            for kind in KINDS:
-                elements = read(source, name, kind)
-                save(parameter / f"{kind}.pt", {"cat_dim": 0, "param": elements.reshape(source.shapes[name])})
-                if kind == "fp32":
-                    model.write(tensors[name], elements.astype(target.module_dtype))
+        source.for_each_tensor(write)
         model.close()
     finally:
         model.abandon()

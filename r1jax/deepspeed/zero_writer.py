@@ -1,19 +1,22 @@
-"""The files of a ZeRO checkpoint, written parameter by parameter.
+"""The files of a ZeRO checkpoint, written parameter by parameter in the order in which its source gives them.
 
 A parameter is read once and goes to all files that have a part of it: memory holds one parameter and not a rank's
 shard, and nothing is read again for every rank. All ranks' files are open meanwhile.
 """
 
 import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from r1jax.deepspeed.torch_writer import TorchFile
+from r1jax.deepspeed.pickle_writer import Tensor
+from r1jax.deepspeed.torch_writer import TorchFile, blocks
 from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.written_states import flat_tensors, model_states, module_tensors, optim_states
-from r1jax.deepspeed.zero_layout import KINDS, Kind
+from r1jax.deepspeed.zero_layout import Kind, Layout
 
 
 def write_zero(folder: Path, source: TrainingState, target: Target, *, scheduler: bool) -> None:
@@ -36,28 +39,38 @@ def write_zero(folder: Path, source: TrainingState, target: Target, *, scheduler
             created(name, optim_states(source, target, layout, rank, buffers[rank]))
             for rank, name in enumerate(_optimizer_names(target))
         ]
-        for name in (name for names in layout.names for name in names):
-            for kind in KINDS:
-                elements = read(source, name, kind)
-                if kind == "fp32" and target.stage < 3:
-                    # Stages 1 and 2 compute with these as they are, and do not make them from the float32 weights.
-                    models[0].write(module[name], elements.astype(target.module_dtype))
-                for place in layout.places(name):
-                    rank, index, piece = place.rank, place.buffer, place.piece
-                    if piece.numel:
-                        ranks[rank].write(buffers[rank][index][kind], elements[piece.start : piece.stop], piece.offset)
-        for file, kinds in zip(ranks, buffers, strict=True):
-            for tensor in (tensor for of_group in kinds for tensor in of_group.values()):
-                file.fill(tensor)
+        # Stages 1 and 2 compute with the model's weights as they are, and do not make them from the float32 ones.
+        weights = models[0] if target.stage < 3 else None
+        source.for_each_tensor(_Files(layout, weights, module, ranks, buffers).write)
         for file in (*models, *ranks):
             file.close()
 
 
-def read(source: TrainingState, name: str, kind: Kind) -> np.ndarray:
-    """The parameter's elements in a row."""
-    elements = source.read(name, kind)
-    assert elements.dtype == np.float32 and elements.shape == tuple(source.shapes[name]), name
-    return elements.reshape(-1)
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Where tensors go."""
+
+    layout: Layout
+    weights: TorchFile | None
+    """The file with the model's own tensors, where it has more than their names."""
+    module: Mapping[str, Tensor]
+    ranks: Sequence[TorchFile]
+    buffers: Sequence[Sequence[Mapping[Kind, Tensor]]]
+    """By rank, then by (sub-)group."""
+
+    def write(self, name: str, kind: Kind, elements: np.ndarray) -> None:
+        """Writes a parameter to all files that have a part of it."""
+        for start, block in blocks(elements):
+            if kind == "fp32" and self.weights is not None:
+                tensor = self.module[name]
+                self.weights.write(tensor, block.astype(tensor.dtype, copy=False), start)
+            for place in self.layout.places(name):
+                piece = place.piece
+                low, high = max(start, piece.start), min(start + block.size, piece.stop)
+                if low < high:
+                    buffer = self.buffers[place.rank][place.buffer][kind]
+                    offset = piece.offset + low - piece.start
+                    self.ranks[place.rank].write(buffer, block[low - start : high - start], offset)
 
 
 def _model_names(target: Target) -> list[str]:

@@ -1,7 +1,8 @@
-"""A zip file of stored members whose bytes come in any order of members, laid out as torch lays out its files.
+"""A zip file of stored members whose bytes come in any order, laid out as torch lays out its files.
 
 Sizes are known before contents, so every member's place is fixed when it is added, and writing needs no more memory
-than the piece at hand. A member's own pieces come in order: its checksum runs along.
+than the piece at hand. What nothing is written to is zero, as the file system has it. A checksum needs the bytes in
+their order: the file is read again for them when it is closed.
 """
 
 import dataclasses
@@ -24,11 +25,13 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
 _END = struct.Struct("<4s4H2IH")
 _UTF8, _CHECKSUM_BEHIND = 0x800, 0x8
+_BLOCK = 1 << 20
+"""Bytes read at a time."""
 
 
 @dataclasses.dataclass
 class Member:
-    """A part of the file; `crc` and `num_written` grow with what is written."""
+    """A part of the file."""
 
     name: bytes
     header: int
@@ -37,14 +40,14 @@ class Member:
     """Where the content stands."""
     size: int
     crc: int = 0
-    num_written: int = 0
+    """Known when the file is closed."""
 
 
 class ZipWriter:
     """A new file; `add` its members, `write` their contents, `close`. A file that is not closed is no zip file."""
 
     def __init__(self, path: Path):
-        self._file = path.open("xb")
+        self._file = path.open("x+b")
         self._members: list[Member] = []
         self._end = 0
 
@@ -64,30 +67,34 @@ class ZipWriter:
             self.write(member, content)
         return member
 
-    def write(self, member: Member, content: bytes | memoryview) -> None:
-        """Appends to the member's content."""
-        num_bytes = memoryview(content).nbytes
-        assert member.num_written + num_bytes <= member.size, member.name
-        self._write_at(member.start + member.num_written, content)
-        member.crc = zlib.crc32(content, member.crc)
-        member.num_written += num_bytes
+    def write(self, member: Member, content: bytes | memoryview, offset: int = 0) -> None:
+        """Puts a part of the member's content in its place."""
+        assert 0 <= offset <= member.size - memoryview(content).nbytes, member.name
+        self._write_at(member.start + offset, content)
 
     def close(self) -> None:
         """Writes what the contents had to be complete for."""
         for member in self._members:
-            assert member.num_written == member.size, member.name
+            member.crc = self._checksum(member)
             self._write_at(member.start + member.size, _descriptor(member))
         directory = b"".join(map(_central, self._members))
         self._write_at(self._end, directory + _ending(len(self._members), len(directory), self._end))
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Closes the file as it is."""
         self._file.close()
 
     def _write_at(self, position: int, content: bytes | memoryview) -> None:
         self._file.seek(position)
         self._file.write(content)
 
-    def abandon(self) -> None:
-        """Closes the file as it is."""
-        self._file.close()
+    def _checksum(self, member: Member) -> int:
+        crc = 0
+        self._file.seek(member.start)
+        for left in range(member.size, 0, -_BLOCK):
+            crc = zlib.crc32(self._file.read(min(left, _BLOCK)), crc)
+        return crc
 
 
 def _flags(size: int) -> int:

@@ -1,8 +1,9 @@
 """Training states of made-up numbers, and checkpoints read back by torch as DeepSpeed lays them out."""
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
 from r1jax.deepspeed.writer import write_checkpoint
-from r1jax.deepspeed.zero_layout import Kind
+from r1jax.deepspeed.zero_layout import KINDS, Kind
 
 # Odd sizes: no world size above one divides them.
 SHAPES = {
@@ -32,6 +33,14 @@ def array(name: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.square(numbers) if kind == "exp_avg_sq" else numbers
 
 
+Tensors = Callable[[], Iterator[tuple[str, Kind, np.ndarray]]]
+
+
+def given(shapes: Mapping[str, tuple[int, ...]], make: Callable[..., np.ndarray] = array) -> Tensors:
+    """What `TrainingState.tensors` is: `make` of each parameter's name, kind and shape."""
+    return lambda: ((name, kind, make(name, kind, shape)) for name, shape in shapes.items() for kind in KINDS)
+
+
 def make_source(*, tied: bool, **changes: Any) -> TrainingState:
     shapes = SHAPES | ({} if tied else {HEAD: (11, 5)})
     small = tuple(name for name in shapes if len(shapes[name]) == 1)
@@ -43,7 +52,7 @@ def make_source(*, tied: bool, **changes: Any) -> TrainingState:
             ParamGroup(names=tuple(name for name in shapes if name not in small), weight_decay=0.1, **settings),
             ParamGroup(names=small, weight_decay=0.0, **settings),
         ),
-        "read": lambda name, kind: array(name, kind, shapes[name]),
+        "tensors": given(shapes),
         "adam_step": 7,
         "global_step": 9,
         "skipped_steps": 2,
@@ -56,12 +65,12 @@ def be_killed(folder: str) -> None:
     """Ends the process, with exit code 7 and no clean-up, when a first parameter is written."""
     source = make_source(tied=False)
 
-    def read(name: str, kind: Kind) -> np.ndarray:
-        if kind == "exp_avg_sq":
-            os._exit(7)
-        return source.read(name, kind)
+    def tensors() -> Iterator[tuple[str, Kind, np.ndarray]]:
+        yield from itertools.islice(source.tensors(), 2)
+        os._exit(7)
 
-    write_checkpoint(Path(folder), dataclasses.replace(source, read=read), Target(stage=1, world_size=1, dtype="fp32"))
+    target = Target(stage=1, world_size=1, dtype="fp32")
+    write_checkpoint(Path(folder), dataclasses.replace(source, tensors=tensors), target)
 
 
 class StandIn:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.serialization import config as torch_config
 
-from r1jax.deepspeed import zip_writer
+from r1jax.deepspeed import torch_writer, zip_writer
 from r1jax.deepspeed.pickle_writer import STORAGES, Call, Instance, Named, Tensor, size
 from r1jax.deepspeed.torch_writer import TorchFile, save
 
@@ -63,12 +63,12 @@ def test_an_array_is_written_in_c_order_whatever_its_strides(tmp_path: Path):
     np.testing.assert_array_equal(torch.load(tmp_path / "x.pt").numpy(), array)
 
 
-def test_tensors_are_filled_by_turns_and_shared_where_they_stand_twice(tmp_path: Path):
+def test_tensors_are_filled_in_any_order_and_shared_where_they_stand_twice(tmp_path: Path):
     first, second = Tensor(np.dtype(np.float32), (2, 3)), Tensor(np.dtype(ml_dtypes.bfloat16), (4,))
     a, b = np.arange(6, dtype=np.float32), np.arange(4).astype(ml_dtypes.bfloat16)
     file = TorchFile(tmp_path / "x.pt", {"first": first, "second": second, "alias": first})
-    for tensor, elements in ((second, b[:1]), (first, a[:4]), (second, b[1:]), (first, a[4:])):
-        file.write(tensor, elements)
+    for tensor, elements, start in ((second, b[1:], 1), (first, a[4:], 4), (second, b[:1], 0), (first, a[:4], 0)):
+        file.write(tensor, elements, start)
     file.close()
     got = torch.load(tmp_path / "x.pt", weights_only=True)
     np.testing.assert_array_equal(got["first"].numpy(), a.reshape(2, 3))
@@ -77,16 +77,37 @@ def test_tensors_are_filled_by_turns_and_shared_where_they_stand_twice(tmp_path:
     assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
 
 
-def test_a_tensor_must_have_all_its_elements_and_no_more(tmp_path: Path):
+def test_elements_that_never_come_are_zeros(tmp_path: Path):
+    first, second = Tensor(np.dtype(np.float32), (5000,)), Tensor(np.dtype(np.int64), (7,))
+    file = TorchFile(tmp_path / "x.pt", [first, second])
+    file.write(first, np.ones(2, np.float32), 3000)
+    file.close()
+    got = torch.load(tmp_path / "x.pt", weights_only=True)
+    np.testing.assert_array_equal(got[0].numpy().nonzero()[0], [3000, 3001])
+    assert not got[1].any()
+    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (0,), (3, 0), (5, 4), (2, 3, 7), (1, 30)])
+@pytest.mark.parametrize("block", [1, 8, 1000])
+def test_blocks_join_to_the_array_in_c_order(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], block: int):
+    monkeypatch.setattr(torch_writer, "_BLOCK", block)
+    whole = numbers(np.float32, shape)
+    for elements in (whole, whole.T, whole[..., ::-1] if shape else whole):
+        joined = np.zeros(elements.size, np.float32)
+        for start, part in torch_writer.blocks(elements):
+            assert part.flags.c_contiguous and part.ndim == 1
+            joined[start : start + part.size] += part
+        np.testing.assert_array_equal(joined, elements.ravel())
+
+
+def test_a_tensor_takes_its_own_elements_and_no_more(tmp_path: Path):
     tensor = Tensor(np.dtype(np.float32), (3,))
     file = TorchFile(tmp_path / "x.pt", tensor)
     file.write(tensor, np.zeros(2, np.float32))
-    with pytest.raises(AssertionError):
-        file.write(tensor, np.zeros(2, np.float32))
-    with pytest.raises(AssertionError):
-        file.write(tensor, np.zeros(1, np.float64))
-    with pytest.raises(AssertionError):
-        file.close()
+    for elements, start in ((np.zeros(2, np.float32), 2), (np.zeros(1, np.float32), -1), (np.zeros(1, np.float64), 2)):
+        with pytest.raises(AssertionError):
+            file.write(tensor, elements, start)
     file.abandon()
     with pytest.raises(zipfile.BadZipFile):
         zipfile.ZipFile(tmp_path / "x.pt")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from r1jax.deepspeed.training_state import ParamGroup, TrainingState
+from r1jax.deepspeed.zero_layout import KINDS
 from tests.real_deepspeed.launch import Results, run_cases
 
 
@@ -36,7 +37,7 @@ class Reference:
                 )
                 for names, group in zip(facts["names"], facts["groups"], strict=True)
             ),
-            read=lambda name, kind: arrays[f"{kind}/{name}"],
+            tensors=lambda: ((name, kind, arrays[f"{kind}/{name}"]) for name in names for kind in KINDS),
             adam_step=facts["global_steps"],
             global_step=facts["global_steps"],
             global_samples=facts["global_samples"],

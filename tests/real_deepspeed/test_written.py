@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,12 @@ def test_bfloat16_goes_on_exactly_at_the_same_stage_and_number_of_ranks(
 def test_losses_show_a_state_that_is_not_whole(float32: dict[str, Reference], tmp_path: Path):
     """The comparison of the others can fail: without Adam's moments the second loss is another one."""
     reference = float32["untied"]
-    arrays = reference.results.arrays
 
-    def read(name: str, kind: Kind) -> np.ndarray:
-        return arrays[f"{kind}/{name}"] * np.float32(kind == "fp32")
+    def tensors() -> Iterator[tuple[str, Kind, np.ndarray]]:
+        for name, kind, elements in reference.source.tensors():
+            yield name, kind, elements * np.float32(kind == "fp32")
 
-    source = dataclasses.replace(reference.source, read=read)
+    source = dataclasses.replace(reference.source, tensors=tensors)
     case = written(tmp_path / "in", source, Target(stage=2, world_size=1, dtype="fp32"), tied=False)
     difference = np.abs(losses(run_cases(tmp_path, 1, {"lost": case})["lost"]) - losses(reference.results))
     assert difference[0] < LOSS_TOLERANCE and difference[1:].min() > 1e-3
