@@ -11,6 +11,9 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from r1jax.checkpoints.lazy import LazyArray
+from r1jax.checkpoints.lazy_handler import LazyHandler
+
 
 class _Unheard:
     """A hook for exceptions that nobody can catch, without those of tensorstore's writes that end after another has
@@ -58,7 +61,7 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
     trained float32 weights and moments hardly get smaller."""
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(use_compression=False)
+        super().__init__(use_compression=False, type_handler_registry=_leaf_types())
         self._failure = failure
 
     async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
@@ -80,6 +83,14 @@ class _DocumentHandler(ocp.JsonCheckpointHandler):
     async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
         with self._failure.noted():
             return [_Result(future, self._failure) for future in await super().async_save(*args, **kwargs) or []]
+
+
+def _leaf_types() -> Any:
+    """Orbax's handlers of leaves by their type, and ours."""
+    kinds = ocp.type_handlers
+    # Ours goes first: the later one of two that write the same kind of leaf is the one that reads it unasked.
+    usual = ((kind, kinds.get_type_handler(kind)) for kind in kinds.supported_types())
+    return kinds.create_type_handler_registry((LazyArray, LazyHandler()), *usual)
 
 
 def registry(failure: Failure) -> ocp.handlers.DefaultCheckpointHandlerRegistry:

@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from r1jax.checkpoints import integrity
 from r1jax.checkpoints.handlers import Failure, registry
+from r1jax.checkpoints.lazy import LazyArray
 from r1jax.config.errors import need, shown
 from r1jax.config.folders import system_error, write_failure, writing
 
@@ -139,7 +140,8 @@ class Checkpoints:
 
         Returns when the arrays have left the devices, so that the caller may donate them; files are written behind it,
         and `check`, `wait` or the next `save` raises what went wrong there: `RunFailure` where the system would not
-        write. Leaves keep their dtype. A checkpoint of this step that an earlier run left is replaced.
+        write. Leaves keep their dtype. A checkpoint of this step that an earlier run left is replaced. Leaves that are
+        LazyArrays are loaded, written and forgotten one after another, before it returns.
         """
         assert "params" in _by_path(state, depth=1), "a state has its parameters under a top-level `params`"
         if step in self._ours:
@@ -185,6 +187,13 @@ class Checkpoints:
         abstract_state = {"params": abstract_params}
         self._refuse_other_leaves(step, _by_path(abstract_state))
         return self._restore_state(step, abstract_state, partial=True)["params"]
+
+    def lazy(self, step: int) -> Any:
+        """The state as nested dicts of LazyArrays; a load reads that leaf alone. Raises as `metadata` does."""
+        self.metadata(step)
+        saved = self._manager.item_metadata(step)["state"].tree
+        args = ocp.args.PyTreeRestore(restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(LazyArray), saved))
+        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The step's JSON document: schema_version, step and what the run saved with it; waits for a save of it.

@@ -1,0 +1,95 @@
+"""How Orbax writes and reads `LazyArray`s: one after another, so that a state larger than the memory goes through.
+
+What is written is what Orbax writes for numpy arrays, and is restored as any other checkpoint.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore  # Orbax's own dependency, which it names in what it returns
+
+from r1jax.checkpoints.lazy import LazyArray, loaded
+
+_PIECE_BYTES = 32 << 20
+"""Of a stored chunk, read at a time."""
+
+_CUT_BYTES = 1 << 30
+"""Orbax stores a smaller leaf as one chunk, and cuts one above 2 GiB along its longest axis."""
+
+_PLAIN = {"zarr_format": 2, "compressor": None, "filters": None, "order": "C"}
+"""Of a stored leaf whose bytes are its values."""
+
+
+class LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Orbax's for numpy arrays, but that each leaf is loaded, written and forgotten before the next one is loaded."""
+
+    def __init__(self) -> None:
+        # Nobody else has the array that is written, and so nobody changes it.
+        super().__init__(deepcopy_host_arrays=False)
+
+    # Orbax's types of infos and args are what it says they are; beartype cannot see through its protocols.
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        """No futures: all is written when it returns. The first process alone loads, as it alone writes."""
+        args = args or [ocp.SaveArgs()] * len(values)
+        if jax.process_index() == 0:
+            for leaf, info, arg in zip(values, infos, args, strict=True):
+                await self._write(leaf, info, arg)
+        return []
+
+    async def _write(self, leaf: LazyArray, info: Any, arg: Any) -> None:
+        array = loaded(leaf)
+        if _is_cut_by_row(array.shape, array.nbytes):
+            arg = dataclasses.replace(arg, shard_axes=(0,))
+        for future in await super().serialize([array], [info], [arg]):
+            await asyncio.to_thread(future.result)
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        """Leaves that read from the checkpoint when they are loaded, whatever type they were saved as."""
+        del args
+        stores = await asyncio.gather(*map(_open, infos))
+        return [LazyArray(tuple(store.shape), store.dtype.numpy_dtype, partial(_read, store)) for store in stores]
+
+
+def _is_cut_by_row(shape: tuple[int, ...], num_bytes: int) -> bool:
+    """Whether a leaf is cut along its first axis, where Orbax would cut along another: parts of an array that lie whole
+    in memory are written from there, and others are copied first, all at once."""
+    return num_bytes > _CUT_BYTES and shape[0] < max(shape)
+
+
+async def _open(info: Any) -> Any:
+    spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+    return await tensorstore.open(tensorstore.Spec(spec), open=True, context=info.ts_context)
+
+
+def _read(store: Any) -> np.ndarray:
+    """The array. tensorstore by itself holds all chunks of it at once, and the array besides."""
+    layout = store.spec().to_json().get("metadata", {})
+    as_we_write = all(layout.get(key, "absent") == value for key, value in _PLAIN.items())
+    if store.size * store.dtype.numpy_dtype.itemsize <= _PIECE_BYTES or not as_we_write:
+        return store.read().result()
+    array = np.empty(store.shape, store.dtype.numpy_dtype)
+    for index in np.ndindex(*(-(-size // chunk) for size, chunk in zip(array.shape, layout["chunks"], strict=True))):
+        region = tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(index, layout["chunks"], strict=True))
+        _fill(array[region], store.kvstore, layout["dimension_separator"].join(map(str, index)), layout["chunks"])
+    return array
+
+
+def _fill(target: np.ndarray, kvstore: Any, key: str, chunk: Sequence[int]) -> None:
+    """Copies a chunk's bytes, which are its values row by row, into the array's part; at its end a chunk is longer."""
+    inside = tuple(slice(size) for size in target.shape[1:])
+    row_bytes = int(np.prod(chunk[1:], dtype=np.int64)) * target.dtype.itemsize
+    for rows in _pieces(len(target), row_bytes):
+        stored = kvstore.read(key, byte_range=slice(rows.start * row_bytes, rows.stop * row_bytes)).result().value
+        target[rows] = np.frombuffer(stored, target.dtype).reshape(-1, *chunk[1:])[:, *inside]
+
+
+def _pieces(num_rows: int, row_bytes: int) -> Iterator[slice]:
+    """The rows, a piece's bytes at a time, or one where it is longer."""
+    step = max(_PIECE_BYTES // row_bytes, 1)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
