@@ -25,6 +25,9 @@ class ParamGroup:
     eps: float
     initial_lr: float | None = None
     """What transformers' schedulers keep in the group; None leaves it out."""
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What else an optimizer keeps there, beside what torch's AdamW has or in its place: DeepSpeed's FusedAdam goes on
+    from no group without its bias_correction."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -166,6 +166,7 @@ def _param_group(group: ParamGroup, target: Target, layout: Layout, index: int) 
         "differentiable": False,
         "fused": target.fused,
         "decoupled_weight_decay": True,
+        **group.others,
         **initial,
         "params": [buffer for buffer, of_group in enumerate(layout.groups) if of_group == index],
     }

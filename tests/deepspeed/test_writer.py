@@ -109,19 +109,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("block", [1, 7, 1 << 20])
 @pytest.mark.parametrize(
     ("target", "universal"),
     [*((target, False) for target in TARGETS), *((target, True) for target in TARGETS if target.stage == 2)],
     ids=[*ids, *(f"universal-{name}" for name in ids if name.startswith("z2"))],
 )
 def test_the_order_of_the_tensors_changes_no_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Target, universal: bool, block: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Target, universal: bool
 ):
     source = make_source(tied=True)
     write_checkpoint(tmp_path / "own", source, target, universal=universal)
-    monkeypatch.setattr(torch_writer, "_BLOCK", block)
-    write_checkpoint(tmp_path / "other", shuffled(source, block), target, universal=universal)
+    monkeypatch.setattr(torch_writer, "_BLOCK", 7)
+    write_checkpoint(tmp_path / "other", shuffled(source, target.world_size), target, universal=universal)
     assert contents(tmp_path / "other") == contents(tmp_path / "own")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r1jax.deepspeed.checkpoint import ZeroCheckpoint, open_checkpoint
-from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
+from r1jax.deepspeed.checkpoint import open_checkpoint
+from r1jax.deepspeed.checkpoint_state import state_of, target_of
 from r1jax.deepspeed.writer import write_trainer_checkpoint
 from tests.real_deepspeed.launch import run_cases
 
@@ -17,20 +17,6 @@ pytestmark = pytest.mark.deepspeed
 
 # A loss of float32 in another order of summing.
 TOLERANCE = 2e-6
-
-
-def state_of(opened: ZeroCheckpoint) -> TrainingState:
-    assert opened.scheduler is not None and opened.scheduler.origin == "scheduler.pt"
-    names = ("lr", "weight_decay", "betas", "eps", "initial_lr")
-    return TrainingState(
-        shapes=opened.parameters,
-        tied=opened.tied,
-        groups=tuple(ParamGroup(names=g.names, **{name: g.settings[name] for name in names}) for g in opened.groups),
-        read=opened.read,
-        adam_step=opened.step,
-        global_step=opened.global_steps,
-        scheduler=opened.scheduler.state,
-    )
 
 
 def test_the_trainer_goes_on(tmp_path: Path):
@@ -45,8 +31,8 @@ def test_the_trainer_goes_on(tmp_path: Path):
     assert opened.trainer_state is not None
     least = {"train_batch_size": 6, "logging_steps": 1, "save_steps": 3}
     for stage, state in ((2, opened.trainer_state), (3, least)):
-        target = Target(stage=stage, world_size=2, dtype="fp32", fused=True)
-        folder = write_trainer_checkpoint(tmp_path / f"z{stage}", state_of(opened), target, state, model_folder=model)
+        source, target = state_of(opened), target_of(opened, stage=stage)
+        folder = write_trainer_checkpoint(tmp_path / f"z{stage}", source, target, state, model_folder=model)
         resumed = case | {"stage": stage, "load": str(folder)}
         got[stage] = run_cases(tmp_path, 2, {f"resumed-z{stage}": resumed})[f"resumed-z{stage}"].facts
     kept = json.loads((saved / "trainer_state.json").read_text())["log_history"]
