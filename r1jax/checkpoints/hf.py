@@ -5,6 +5,7 @@ those devices and forgotten. Host memory peaks at the largest such slice, never 
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from r1jax import progress
+from r1jax.checkpoints.lazy import LazyArray
 from r1jax.checkpoints.tensor_files import TensorFiles, Tensors, read_json, stored_dtype
 from r1jax.checkpoints.vocabulary import read_grown
 from r1jax.config.errors import need
@@ -104,11 +106,27 @@ def load_from(
     for name in tensor_names(config):
         progress.report("loading weights")
         shape = leaf_at(abstract, name.path).shape
-        parent = params
-        for key in name.path[:-1]:
-            parent = parent.setdefault(key, {})
+        parent = functools.reduce(lambda node, key: node.setdefault(key, {}), name.path[:-1], params)
         parent[name.path[-1]] = _load_leaf(files, name, shape, leaf_at(shardings, name.path), buffer)
     return params
+
+
+def lazy_from(files: Tensors, config: DecoderConfig) -> PyTree[LazyArray]:
+    """The tensors of open files as our parameter tree, float32, each leaf read when it is wanted; raises as `load_from`
+    does."""
+    check_tensors(files, config)
+    abstract, params = abstract_params(config), dict[str, Any]()
+    for name in tensor_names(config):
+        shape = leaf_at(abstract, name.path).shape
+        parent = functools.reduce(lambda node, key: node.setdefault(key, {}), name.path[:-1], params)
+        parent[name.path[-1]] = LazyArray(
+            shape, np.dtype(np.float32), functools.partial(_read_leaf, files, name, shape)
+        )
+    return params
+
+
+def _read_leaf(files: Tensors, name: TensorName, shape: tuple[int, ...]) -> np.ndarray:
+    return _read_slice(files, name, tuple((0, size) for size in shape), np.empty(math.prod(shape), np.float32))
 
 
 def _load_leaf(

@@ -18,8 +18,9 @@ def read_grown(files: Tensors, tensor: str, rows: tuple[int, int], columns: tupl
     num_stored = files.shape(tensor)[0]
     first, last = rows
     kept = max(0, min(last, num_stored) - first)
-    if kept:
-        out[:kept] = files.read(tensor, (slice(first, first + kept), slice(*columns)))
+    for start in range(0, kept, _ROWS_AT_A_TIME):
+        stop = min(start + _ROWS_AT_A_TIME, kept)
+        out[start:stop] = files.read(tensor, (slice(first + start, first + stop), slice(*columns)))
     if kept < last - first:
         out[kept:] = mean_row(files, tensor, columns)
 

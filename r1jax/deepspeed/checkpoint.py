@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from r1jax.deepspeed.content import of_kind, plain
 from r1jax.deepspeed.folders import TRAINER_STATE, CheckpointFiles, find_checkpoint
 from r1jax.deepspeed.model_states import ModelStates, read_model_states
 from r1jax.deepspeed.optimizer_states import AdamSettings
+from r1jax.deepspeed.saved import ParameterGroup, Saved, Scheduler
 from r1jax.deepspeed.torch_file import load, reading
 from r1jax.deepspeed.universal_reader import read_universal
 from r1jax.deepspeed.zero_layout import KINDS
@@ -29,50 +30,12 @@ _MAPPED_ELEMENTS = 1 << 24
 _NOT_READ = ("rng_state*.pth", "training_args.bin")
 
 
-class ParameterGroup(NamedTuple):
-    """A group of the optimizer."""
-
-    settings: dict[str, Any]
-    """lr (of the next step), betas, eps, weight_decay and whatever else was saved; empty in elastic checkpoints."""
-    names: tuple[str, ...]
-    """Its parameters in the order of the flattening."""
-
-
-class Scheduler(NamedTuple):
-    """A learning-rate scheduler's state."""
-
-    origin: str
-    """"model_states" for DeepSpeed's own, "scheduler.pt" for the one that the Trainer keeps."""
-    state: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ZeroCheckpoint:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ZeroCheckpoint(Saved):
     """An open checkpoint."""
 
-    folder: Path
-    stage: int
-    """ZeRO's stage in the run that saved it."""
-    world_size: int
-    universal: bool
-    dtype: str
-    """The model's, as numpy names it; masters and moments are float32 in any case."""
     parameters: dict[str, tuple[int, ...]]
     """Shapes by Hugging Face's name, frozen ones behind the others; other names of shared ones are in `tied`."""
-    frozen: tuple[str, ...]
-    """Parameters without moments, kept in the model's dtype."""
-    tied: dict[str, str]
-    """The holder's name for each other name of a shared parameter."""
-    groups: tuple[ParameterGroup, ...]
-    step: int
-    """Adam's."""
-    global_steps: int
-    skipped_steps: int
-    """Steps without an update, for overflow under fp16."""
-    scheduler: Scheduler | None
-    trainer_state: dict[str, Any] | None
-    """trainer_state.json's content: global_step, epoch, ..."""
-    ds_config: dict[str, Any]
     not_carried: tuple[str, ...]
     """What else the checkpoint holds, which this reader does not give."""
     source: Source = dataclasses.field(repr=False)

@@ -6,9 +6,10 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from r1jax.config.errors import need, require, shown
-from r1jax.deepspeed.checkpoint import ParameterGroup, ZeroCheckpoint
+from r1jax.deepspeed.checkpoint import ZeroCheckpoint
 from r1jax.deepspeed.content import get, number
 from r1jax.deepspeed.pickles import Refused
+from r1jax.deepspeed.saved import ParameterGroup, Saved
 from r1jax.deepspeed.torch_file import reading
 from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
 from r1jax.deepspeed.zero_layout import KINDS, SUB_GROUP_SIZE, Kind
@@ -37,12 +38,10 @@ def state_of(opened: ZeroCheckpoint) -> TrainingState:
             for kind in KINDS:
                 yield name, kind, opened.read(name, kind)
 
-    with reading(opened.folder, "settings of AdamW's groups"):
-        groups = tuple(map(_group, opened.groups))
     return TrainingState(
         shapes=opened.parameters,
         tied=opened.tied,
-        groups=groups,
+        groups=groups_of(opened),
         tensors=tensors,
         adam_step=opened.step,
         global_step=opened.global_steps,
@@ -51,7 +50,13 @@ def state_of(opened: ZeroCheckpoint) -> TrainingState:
     )
 
 
-def target_of(opened: ZeroCheckpoint, *, stage: int | None = None, world_size: int | None = None) -> Target:
+def groups_of(saved: Saved) -> tuple[ParamGroup, ...]:
+    """The groups with their settings; raises `UserError` where these are not AdamW's."""
+    with reading(saved.folder, "settings of AdamW's groups"):
+        return tuple(map(_group, saved.groups))
+
+
+def target_of(saved: Saved, *, stage: int | None = None, world_size: int | None = None) -> Target:
     """The engine that saved the checkpoint, or the like of it at another stage or world size.
 
     Its ds_config is the saved one but for what would not be true. parameter_alignment is off, for no padding is written
@@ -61,27 +66,27 @@ def target_of(opened: ZeroCheckpoint, *, stage: int | None = None, world_size: i
     Raises `UserError` for fp16, and for another layout where DeepSpeed's round_robin_gradients has reordered the
     parameters: they would need another order there.
     """
-    stage = opened.stage if stage is None else stage
-    world_size = opened.world_size if world_size is None else world_size
+    stage = saved.stage if stage is None else stage
+    world_size = saved.world_size if world_size is None else world_size
     advice = f"the loss scale of fp16 is not written: save it from a run in bf16; {_WEIGHTS}"
-    require(opened.dtype in _DTYPES, "checkpoint", "a model in float32 or bfloat16", opened.dtype, advice)
-    zero = _zero_settings(opened)
-    if zero.get("round_robin_gradients") and not stage == opened.stage == 3:
-        rule = f"stage {opened.stage} and world size {opened.world_size} as saved, under round_robin_gradients"
+    require(saved.dtype in _DTYPES, "checkpoint", "a model in float32 or bfloat16", saved.dtype, advice)
+    zero = _zero_settings(saved)
+    if zero.get("round_robin_gradients") and not stage == saved.stage == 3:
+        rule = f"stage {saved.stage} and world size {saved.world_size} as saved, under round_robin_gradients"
         advice = "keep both, or save it with zero_optimization.round_robin_gradients: false"
-        same = (stage, world_size) == (opened.stage, opened.world_size)
+        same = (stage, world_size) == (saved.stage, saved.world_size)
         require(same, "target", rule, f"stage {stage} and world size {world_size}", advice)
-    size, clip = zero.get("sub_group_size"), opened.ds_config.get("gradient_clipping")
-    fused = opened.groups[0].settings.get("fused")
+    size, clip = zero.get("sub_group_size"), saved.ds_config.get("gradient_clipping")
+    fused = saved.groups[0].settings.get("fused")
     return Target(
         stage=stage,
         world_size=world_size,
-        dtype=_DTYPES[opened.dtype],
+        dtype=_DTYPES[saved.dtype],
         # JSON's 1e9 is a float.
         sub_group_size=max(1, int(size)) if _is_number(size) else SUB_GROUP_SIZE,
         clip_grad=clip if _is_number(clip) else None,
         fused=fused if isinstance(fused, bool) else None,
-        ds_config=_settings(opened, stage, world_size) or None,
+        ds_config=_settings(saved, stage, world_size) or None,
     )
 
 
@@ -104,22 +109,22 @@ def _group(group: ParameterGroup) -> ParamGroup:
     )
 
 
-def _settings(opened: ZeroCheckpoint, stage: int, world_size: int) -> dict[str, Any]:
-    config, zero = dict(opened.ds_config), dict(_zero_settings(opened))
+def _settings(saved: Saved, stage: int, world_size: int) -> dict[str, Any]:
+    config, zero = dict(saved.ds_config), dict(_zero_settings(saved))
     if zero.get("parameter_alignment"):
         zero["parameter_alignment"] = False
-    if config and stage != opened.stage:
+    if config and stage != saved.stage:
         zero["stage"] = stage
     if zero:
         config["zero_optimization"] = zero
-    if world_size != opened.world_size and "train_batch_size" in config:
+    if world_size != saved.world_size and "train_batch_size" in config:
         for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
             config.pop(key, None)
     return config
 
 
-def _zero_settings(opened: ZeroCheckpoint) -> dict[str, Any]:
-    zero = opened.ds_config.get("zero_optimization")
+def _zero_settings(saved: Saved) -> dict[str, Any]:
+    zero = saved.ds_config.get("zero_optimization")
     return zero if isinstance(zero, dict) else {}
 
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,13 @@ def write_trainer_checkpoint(
     target: Target,
     trainer_state: Mapping[str, Any],
     *,
-    model_folder: Path | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """The folder checkpoint-N from which transformers' Trainer resumes, in the one that is its output_dir.
 
-    `trainer_state` becomes trainer_state.json, with the step; the files of `model_folder`, if there is one, are copied
-    (config.json, weights, tokenizer). The states of random numbers and the training's arguments are not written: the
-    Trainer resumes without them, with other random numbers (dropout). Raises UserError, before anything is written, for
+    `trainer_state` becomes trainer_state.json, with the step; `beside` puts more into the folder before it has its name
+    (config.json, weights, tokenizer). The Trainer resumes without the states of random numbers and the training's
+    arguments, with other random numbers (dropout). Raises UserError, before anything is written, for
     a state without what the Trainer takes from there.
     """
     name = f"global_step{source.global_step}"
@@ -57,8 +57,8 @@ def write_trainer_checkpoint(
     state = {**trainer_state, "global_step": trainer_state.get("global_step", source.global_step)}
     assert state["global_step"] == source.global_step
     with _staged(folder / f"checkpoint-{source.global_step}") as staging:
-        if model_folder is not None:
-            shutil.copytree(model_folder, staging, dirs_exist_ok=True)
+        if beside is not None:
+            beside(staging)
         (staging / name).mkdir()
         # The Trainer keeps its schedule itself, in a file of its own.
         write_zero(staging / name, source, target, scheduler=False)

@@ -179,3 +179,14 @@ def tensor_names(config: DecoderConfig) -> tuple[TensorName, ...]:
     if not config.tied_embeddings:
         names.append(TensorName(("lm_head", "kernel"), "lm_head.weight", transpose=True))
     return tuple(names)
+
+
+def parameter_order(config: DecoderConfig) -> tuple[str, ...]:
+    """The names of all tensors in the order of torch's named_parameters, layer by layer, a tied lm_head left out."""
+    names = tensor_names(config)
+    stacked = [name for name in names if name.stacked]
+    # A layer's own norms are made behind its attention and its MLP.
+    layer = sorted(stacked, key=lambda name: name.path[1].endswith("norm"))
+    ends = [name.hf for name in names if not name.stacked]
+    layers = [name.hf.format(layer=number) for number in range(config.num_layers) for name in layer]
+    return (ends[0], *layers, *ends[1:])

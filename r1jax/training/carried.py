@@ -7,17 +7,18 @@ the recipe, and the log says where the two differ.
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from r1jax.config import RunConfig
-from r1jax.config.errors import need, shown
-from r1jax.config.optimizer import OptimizerConfig
+from r1jax.config.errors import UserError, need, shown
+from r1jax.config.optimizer import DEEPSPEED_SCHEDULES, OptimizerConfig
+from r1jax.deepspeed.saved import Saved
 from r1jax.optimizer import make_schedule
-from r1jax.training.deepspeed import DEEPSPEED, STATE_ONLY
+from r1jax.training.deepspeed import STATE_ONLY, saved_in
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ _SMALL = (".bias", "norm.weight")
 """Ends of the names of parameters that never decay here."""
 # Of the next learning rate: the schedules are computed in float32.
 _RATE_TOLERANCE = 1e-5
+_FEWEST_WARMUP_STEPS, _WARMUP_STEPS = 2, 1000
+"""What DeepSpeed's schedules take for fewer, and for none given."""
 
 
 def carry_over(config: RunConfig, metadata: Mapping[str, Any]) -> RunConfig:
@@ -32,85 +35,83 @@ def carry_over(config: RunConfig, metadata: Mapping[str, Any]) -> RunConfig:
 
     Raises `UserError` where they cannot be had here: parameter groups with different betas, eps, rates or decays.
     """
-    if DEEPSPEED not in metadata:
+    saved = saved_in(metadata)
+    if saved is None:
         return config
-    found = settings_of(metadata[DEEPSPEED])
+    found = settings_of(saved)
     if jax.process_index() == 0:
         for name, value in found.items():
             if (ours := getattr(config.optimizer, name)) != value:
-                logger.warning("%s: %s, as in the DeepSpeed run; the recipe's %s is not used", name, value, shown(ours))
-        for line in _left_out(metadata[DEEPSPEED], found):
+                words = (name, shown(value), shown(ours))
+                logger.warning("%s: %s, as in the DeepSpeed run; the recipe's %s is not used", *words)
+        for line in _differences(saved, found):
             logger.warning(line)
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **found))
 
 
-def settings_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of OptimizerConfig that a DeepSpeed checkpoint (`training.deepspeed.describe`) says, with values."""
-    settings = [group["settings"] for group in about["groups"] if group["settings"]]
-    if not settings:
+def settings_of(saved: Saved) -> dict[str, Any]:
+    """The fields of OptimizerConfig that the checkpoint says, with their values; {} for an elastic one."""
+    groups = [group.settings for group in saved.groups if group.settings]
+    if not groups:
         return {}
-    beta1, beta2 = _one(settings, "betas")
-    decays = sorted({float(each["weight_decay"]) for each in settings} - {0.0})
-    if len(decays) > 1:
-        raise _several("weight_decay", decays)
-    found = {
-        "adam_beta1": float(beta1),
-        "adam_beta2": float(beta2),
-        "adam_epsilon": float(_one(settings, "eps")),
-        "weight_decay": decays[0] if decays else 0.0,
+    betas = _one("betas", [tuple(settings["betas"]) for settings in groups])
+    decays = {settings["weight_decay"] for settings in groups} - {0.0}
+    found: dict[str, Any] = {
+        "adam_beta1": float(betas[0]),
+        "adam_beta2": float(betas[1]),
+        "adam_epsilon": float(_one("eps", [settings["eps"] for settings in groups])),
+        "weight_decay": float(_one("weight_decay", sorted(decays))) if decays else 0.0,
+        **_schedule(saved),
     }
-    found |= _schedule_of(about)
-    peak = _peak(about, settings)
-    return found | ({} if peak is None else {"learning_rate": peak})
+    peak = _peak(saved, groups)
+    return found if peak is None else {**found, "learning_rate": peak}
 
 
-def _one(settings: list[dict[str, Any]], name: str) -> Any:
+def _one(name: str, values: Sequence[Any]) -> Any:
     """The value that all groups have."""
-    values = [each[name] for each in settings]
     if any(value != values[0] for value in values):
         raise _several(name, values)
     return values[0]
 
 
-def _several(name: str, values: Any) -> Exception:
+def _several(name: str, values: Sequence[Any]) -> UserError:
     rule = f"one {name} for all parameter groups that have any"
     advice = "take the weights alone (python -m r1jax.convert CHECKPOINT DIR --to hf) and begin a new run"
     return need("resume_from_checkpoint", rule, shown(list(values)), advice)
 
 
-def _scheduler_of(about: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
+def _engines_schedule(saved: Saved) -> tuple[str | None, Mapping[str, Any]]:
     """(type, params) of the schedule that the engine kept itself; (None, {}) where it kept none."""
-    scheduler = (about["ds_config"] or {}).get("scheduler")
-    own = about["scheduler"] is not None and about["scheduler"]["origin"] == "model_states"
+    scheduler = saved.ds_config.get("scheduler")
+    own = saved.scheduler is not None and saved.scheduler.origin == "model_states"
     if not own or not isinstance(scheduler, dict) or not isinstance(scheduler.get("params"), dict):
         return None, {}
-    return scheduler.get("type"), {name: value for name, value in scheduler["params"].items() if value is not None}
+    return scheduler.get("type"), scheduler["params"]
 
 
-def _peak(about: Mapping[str, Any], settings: list[dict[str, Any]]) -> float | None:
+def _peak(saved: Saved, groups: Sequence[Mapping[str, Any]]) -> float | None:
     """The highest learning rate of the schedule; None where nothing tells it."""
-    if "initial_lr" in settings[0]:
-        return float(_one(settings, "initial_lr"))
-    kept = about["scheduler"]["state"] if about["scheduler"] else {}
+    if "initial_lr" in groups[0]:
+        return float(_one("learning_rate", [settings["initial_lr"] for settings in groups]))
+    kept = saved.scheduler.state if saved.scheduler else {}
     if kept.get("base_lrs"):
-        return float(kept["base_lrs"][0])
-    kind, params = _scheduler_of(about)
-    if kind in ("WarmupLR", "WarmupDecayLR") and _is_number(params.get("warmup_max_lr")):
+        return float(_one("learning_rate", kept["base_lrs"]))
+    kind, params = _engines_schedule(saved)
+    if kind in DEEPSPEED_SCHEDULES and _is_number(params.get("warmup_max_lr")):
         return float(params["warmup_max_lr"])
-    return None if about["scheduler"] else float(_one(settings, "lr"))
+    return None if saved.scheduler else float(_one("learning_rate", [settings["lr"] for settings in groups]))
 
 
-def _schedule_of(about: Mapping[str, Any]) -> dict[str, Any]:
+def _schedule(saved: Saved) -> dict[str, Any]:
     """The keys that ask for the schedule of the engine's own; {} where the recipe's stands for it."""
-    kind, params = _scheduler_of(about)
-    numbers = {name: value for name, value in params.items() if _is_number(value)}
-    if kind not in ("WarmupLR", "WarmupDecayLR"):
+    kind, params = _engines_schedule(saved)
+    if kind not in DEEPSPEED_SCHEDULES:
         return {}
-    given = {"warmup_min_lr": float(numbers.get("warmup_min_lr", 0.0))}
+    numbers = {name: float(value) for name, value in params.items() if _is_number(value)}
+    given = {"warmup_min_lr": numbers.get("warmup_min_lr", 0.0)}
     if kind == "WarmupDecayLR" and "total_num_steps" in numbers:
-        given["total_num_steps"] = float(numbers["total_num_steps"])
-    # The engine takes fewer than two for two.
-    steps = max(2, int(numbers.get("warmup_num_steps", 1000)))
+        given["total_num_steps"] = numbers["total_num_steps"]
+    steps = max(_FEWEST_WARMUP_STEPS, int(numbers.get("warmup_num_steps", _WARMUP_STEPS)))
     return {"lr_scheduler_type": kind, "lr_scheduler_kwargs": given, "warmup_steps": steps}
 
 
@@ -118,43 +119,38 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def _left_out(about: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _differences(saved: Saved, found: Mapping[str, Any]) -> list[str]:
     """What the run does otherwise than the DeepSpeed run did, a line each."""
     lines: list[str] = []
     if not found:
         lines.append("the DeepSpeed checkpoint says nothing of its optimizer's settings: the recipe's are used")
-    kind, params = _scheduler_of(about)
+    kind, params = _engines_schedule(saved)
     if kind is not None and "lr_scheduler_type" not in found:
         lines.append(f"lr_scheduler_type: the recipe's, as {kind} of the DeepSpeed run is not known here")
-    if params.get("warmup_type", "log") == "log" and "lr_scheduler_type" in found:
-        if about["global_step"] <= found["warmup_steps"]:
-            lines.append("warmup_steps: the rate rises in a line from here on, not by the logarithm (warmup_type: log)")
-    decays = {name: group["settings"].get("weight_decay") for group in about["groups"] for name in group["names"]}
-    others = [name for name, decay in decays.items() if decay is not None and bool(decay) != (not _is_small(name))]
+    rising = kind in DEEPSPEED_SCHEDULES and saved.step <= found.get("warmup_steps", 0)
+    if rising and params.get("warmup_type", "log") == "log":
+        lines.append("warmup_steps: the rate rises in a line from here on, not by the logarithm (warmup_type: log)")
+    decays = {name: group.settings.get("weight_decay") for group in saved.groups for name in group.names}
+    others = [name for name, decay in decays.items() if decay is not None and bool(decay) == is_small(name)]
     if others and found.get("weight_decay"):
-        what = "decays" if decays[others[0]] else "does not decay"
-        line = "weight_decay: of all but biases and norms; the DeepSpeed run %s %s and %d others"
-        lines.append(line % (what, others[0], len(others) - 1))
+        does = "decays" if decays[others[0]] else "does not decay"
+        more = f" and {len(others) - 1} more like it" if len(others) > 1 else ""
+        lines.append(f"weight_decay: of all but biases and norms; {others[0]}{more} {does} in the DeepSpeed run")
     return lines
 
 
-def _is_small(name: str) -> bool:
+def is_small(name: str) -> bool:
+    """Whether the parameter of that name is one that never decays: a bias or a norm's scale."""
     return name.endswith(_SMALL)
-
-
-def next_rate(about: Mapping[str, Any]) -> float | None:
-    """The learning rate that the DeepSpeed run's next update would have had; None where it is not known."""
-    rates = [group["settings"]["lr"] for group in about["groups"] if "lr" in group["settings"]]
-    return float(rates[0]) if rates else None
 
 
 def check_rate(optim: OptimizerConfig, metadata: Mapping[str, Any], num_steps: int) -> None:
     """Nothing; warns where a run of so many steps does not go on with the DeepSpeed run's learning rate."""
-    if not metadata.get(STATE_ONLY) or DEEPSPEED not in metadata or jax.process_index() != 0:
+    saved = saved_in(metadata) if metadata.get(STATE_ONLY) else None
+    if saved is None or jax.process_index() != 0:
         return
-    about = metadata[DEEPSPEED]
-    theirs = next_rate(about)
-    ours = float(make_schedule(optim, num_steps)(jnp.int32(about["adam_step"])))
+    theirs = next((float(group.settings["lr"]) for group in saved.groups if "lr" in group.settings), None)
+    ours = float(make_schedule(optim, num_steps)(jnp.int32(saved.step)))
     if theirs is None or abs(ours - theirs) <= _RATE_TOLERANCE * max(ours, theirs):
         return
     advice = "set lr_scheduler_type, warm-up and the number of steps as they were there"

@@ -7,16 +7,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1jax.checkpoints.hf import check_tensors, load_from
+from r1jax.checkpoints.hf import check_tensors, lazy_from, load_from
 from r1jax.config.errors import need, renamed
 from r1jax.deepspeed.checkpoint import ZeroCheckpoint, open_checkpoint
 from r1jax.deepspeed.folders import is_checkpoint
+from r1jax.deepspeed.saved import Saved, from_json
 from r1jax.deepspeed.zero_layout import Kind
 from r1jax.models.config import DecoderConfig
 from r1jax.models.parameters import abstract_params
 
 DEEPSPEED = "deepspeed"
-"""Of what a checkpoint's metadata says of the DeepSpeed run that it goes on from; absent where there was none."""
+"""Of what a checkpoint's metadata says of the DeepSpeed run that it goes on from, as `Saved.as_json` has it."""
 STATE_ONLY = "state_only"
 """True in the metadata of a checkpoint that has the state alone: what a run keeps beside it begins afresh."""
 
@@ -89,16 +90,13 @@ class DeepSpeedCheckpoint:
         assert step == self.step
         seen = (self.opened.trainer_state or {}).get("num_input_tokens_seen")
         num_tokens = seen if type(seen) is int and seen >= 0 else 0
-        return {"step": step, "num_tokens": num_tokens, STATE_ONLY: True, DEEPSPEED: describe(self.opened)}
+        return {"step": step, "num_tokens": num_tokens, STATE_ONLY: True, DEEPSPEED: self.opened.as_json()}
 
     def check_leaves(self, step: int, abstract_state: Mapping[str, Any]) -> None:
         """Nothing; raises `UserError` where the state that is asked for is not that of the checkpoint's model, trained
         whole by AdamW."""
         assert step == self.step
-        if self.opened.frozen:
-            advice = "train from its weights instead: python -m r1jax.convert CHECKPOINT DIR --to hf"
-            got = f"{self.opened.frozen[0]} without moments"
-            raise need(self._field, "a checkpoint without frozen parameters", got, advice)
+        self._refuse_frozen()
         if set(abstract_state["optimizer"]) != {"mu", "nu", "count"}:
             advice = "set optim: adamw_torch, as the moments in the checkpoint are whole and float32"
             raise need("optim", "AdamW with float32 moments to go on from DeepSpeed", "an 8-bit one", advice)
@@ -123,24 +121,23 @@ class DeepSpeedCheckpoint:
         state["step"] = _scalar(step, abstract_state["step"])
         return state, self.metadata(step)
 
+    def lazy_state(self) -> dict[str, Any]:
+        """The state as a run's checkpoint holds it, each leaf read when it is wanted; raises as `check_leaves` does."""
+        self._refuse_frozen()
+        kinds = {kind: lazy_from(KindTensors(self.opened, kind), self._decoder) for kind in PLACES}
+        moments = {"mu": kinds["exp_avg"], "nu": kinds["exp_avg_sq"], "count": np.asarray(self.opened.step, np.int32)}
+        return {"params": kinds["fp32"], "optimizer": moments, "step": np.asarray(self.step, np.int32)}
 
-def describe(opened: ZeroCheckpoint) -> dict[str, Any]:
-    """What is kept of a DeepSpeed run beside its state, for the run that goes on and for the way back; JSON."""
-    scheduler = opened.scheduler
-    return {
-        "groups": [{"settings": dict(group.settings), "names": list(group.names)} for group in opened.groups],
-        "scheduler": None if scheduler is None else {"origin": scheduler.origin, "state": dict(scheduler.state)},
-        "tied": dict(opened.tied),
-        "adam_step": opened.step,
-        "global_step": opened.global_steps,
-        "skipped_steps": opened.skipped_steps,
-        "dtype": opened.dtype,
-        "stage": opened.stage,
-        "world_size": opened.world_size,
-        "universal": opened.universal,
-        "trainer_state": opened.trainer_state,
-        "ds_config": opened.ds_config,
-    }
+    def _refuse_frozen(self) -> None:
+        if self.opened.frozen:
+            advice = "train from its weights instead: python -m r1jax.convert CHECKPOINT DIR --to hf"
+            got = f"{self.opened.frozen[0]} without moments"
+            raise need(self._field, "a checkpoint without frozen parameters", got, advice)
+
+
+def saved_in(metadata: Mapping[str, Any]) -> Saved | None:
+    """What a checkpoint's metadata says of the DeepSpeed run that it goes on from; None where there was none."""
+    return from_json(metadata[DEEPSPEED]) if DEEPSPEED in metadata else None
 
 
 def names_deepspeed(path: Path) -> bool:

@@ -64,7 +64,7 @@ def begin_writing(
 ) -> Keeper:
     """What keeps the run's results from now on; config.yaml is written and metrics are cut back to the start.
 
-    report: how a task's sums become metrics. adapter: what checkpoints say of one (`training/adapting.py`). The keeper's recorder is the
+    report: how a task's sums become metrics. adapter: what checkpoints say of one. The keeper's recorder is the
     caller's to close.
     """
     metadata = opening.start.metadata if opening.start is not None else {}

@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +242,9 @@ def test_the_trainers_folder_has_its_own_files(tmp_path: Path):
     schedule = {"base_lrs": [0.1, 0.1], "last_epoch": 9, "lr_lambdas": [{}, {}]}
     source, target = make_source(tied=True, scheduler=schedule), Target(stage=3, world_size=2, dtype="bf16")
     state = {"epoch": 0.5, "train_batch_size": 4, "logging_steps": 1, "save_steps": 3}
-    folder = write_trainer_checkpoint(tmp_path / "out", source, target, state, model_folder=model)
+    folder = write_trainer_checkpoint(
+        tmp_path / "out", source, target, state, beside=partial(shutil.copytree, model, dirs_exist_ok=True)
+    )
     assert folder == tmp_path / "out" / "checkpoint-9"
     assert {path.name for path in folder.iterdir()} == {
         "config.json",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def test_the_trainer_goes_on(tmp_path: Path):
     least = {"train_batch_size": 6, "logging_steps": 1, "save_steps": 3}
     for stage, state in ((2, opened.trainer_state), (3, least)):
         source, target = state_of(opened), target_of(opened, stage=stage)
-        folder = write_trainer_checkpoint(tmp_path / f"z{stage}", source, target, state, model_folder=model)
+        folder = write_trainer_checkpoint(
+            tmp_path / f"z{stage}", source, target, state, beside=partial(shutil.copytree, model, dirs_exist_ok=True)
+        )
         resumed = case | {"stage": stage, "load": str(folder)}
         got[stage] = run_cases(tmp_path, 2, {f"resumed-z{stage}": resumed})[f"resumed-z{stage}"].facts
     kept = json.loads((saved / "trainer_state.json").read_text())["log_history"]

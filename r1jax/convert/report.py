@@ -1,0 +1,119 @@
+"""What a conversion shows: how far it is, and at the end what it has carried over."""
+
+import dataclasses
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from r1jax.checkpoints.lazy import LazyArray
+from r1jax.convert.model import Model
+from r1jax.deepspeed.training_state import ParamGroup, TrainingState
+from r1jax.deepspeed.zero_layout import KINDS, Kind
+
+_KINDS_BYTES = 4 * len(KINDS)
+"""Of an element, in float32."""
+_PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes of a unit of ru_maxrss."""
+
+
+class Report:
+    """A progress bar over the bytes that are read, and the lines of the summary."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("converting", total=0)
+        self._lines: list[tuple[str, str]] = []
+        self._bytes, self._began = 0, time.perf_counter()
+
+    def say(self, name: str, text: str) -> None:
+        """A line of the summary."""
+        self._lines.append((name, text))
+
+    def expect(self, num_bytes: int) -> None:
+        """So many more bytes are to be read; the bar begins."""
+        self._progress.update(self._task, total=(self._progress.tasks[0].total or 0) + num_bytes)
+        if not self._progress.live.is_started:
+            self._progress.start()
+
+    def read(self, num_bytes: int) -> None:
+        """So many bytes were read."""
+        self._bytes += num_bytes
+        self._progress.advance(self._task, num_bytes)
+
+    def counted(self, model: Model) -> Model:
+        """The model, whose leaves are counted as they are read."""
+
+        def count(leaf: Any) -> Any:
+            if not isinstance(leaf, LazyArray):
+                return leaf
+            self.expect(_num_bytes(leaf))
+            return dataclasses.replace(leaf, load=self._counting(leaf))
+
+        return dataclasses.replace(model, state=jax.tree.map(count, dict(model.state), is_leaf=_is_lazy))
+
+    def counted_state(self, state: TrainingState) -> TrainingState:
+        """The state, whose tensors are counted as they are read."""
+
+        def tensors() -> Iterator[tuple[str, Kind, np.ndarray]]:
+            for name, kind, elements in state.tensors():
+                self.read(elements.nbytes)
+                yield name, kind, elements
+                del elements
+
+        self.expect(_KINDS_BYTES * sum(map(math.prod, state.shapes.values())))
+        return dataclasses.replace(state, tensors=tensors)
+
+    def state(self, state: TrainingState) -> None:
+        """The lines about a training state."""
+        numel = sum(map(math.prod, state.shapes.values()))
+        self.say(
+            "parameters",
+            f"{len(state.shapes)} of {numel:,} elements; with both moments {_KINDS_BYTES * numel / 1e6:.0f} MB",
+        )
+        self.say("groups", "; ".join(map(_describe, state.groups)))
+        self.say("step", f"{state.global_step} updates, {state.adam_step} of Adam's, {state.skipped_steps} skipped")
+        self.say("carried", "weights, both moments, steps, settings of AdamW's groups, place of the schedule")
+
+    def _counting(self, leaf: LazyArray) -> Callable[[], np.ndarray]:
+        def load() -> np.ndarray:
+            values = leaf.load()
+            self.read(values.nbytes)
+            return values
+
+        return load
+
+    def print(self, last: str) -> None:
+        """Ends the bar and prints the summary, with `last` as its last line."""
+        self._progress.stop()
+        console = Console(soft_wrap=True, highlight=False)
+        for name, text in self._lines:
+            console.print(f"{name:<12} {text}", markup=False)
+        if self._bytes:
+            seconds = time.perf_counter() - self._began
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT
+            amount = f"{self._bytes / 1e6:.0f} MB in {seconds:.1f} s, {self._bytes / 1e6 / seconds:.0f} MB/s"
+            console.print(f"{'read':<12} {amount}; peak resident memory {peak / 1e6:.0f} MB", markup=False)
+        console.print(last, markup=False)
+
+
+def _describe(group: ParamGroup) -> str:
+    values = [("lr", group.lr), ("weight_decay", group.weight_decay), ("eps", group.eps)]
+    betas = ", ".join(f"{beta:.6g}" for beta in group.betas)
+    return f"{len(group.names)} with {', '.join(f'{name} {value:.6g}' for name, value in values)}, betas {betas}"
+
+
+def _is_lazy(leaf: Any) -> bool:
+    return isinstance(leaf, LazyArray)
+
+
+def _num_bytes(leaf: LazyArray) -> int:
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize

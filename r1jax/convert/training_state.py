@@ -1,0 +1,123 @@
+"""A run's training state by Hugging Face's names, as a DeepSpeed checkpoint is written from it.
+
+A run that went on from DeepSpeed's hands back what it got: the parameter groups in their order with their settings. One
+of r1jax's own gets the two groups that transformers' Trainer makes.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.checkpoints.lazy import loaded
+from r1jax.config.errors import need
+from r1jax.config.optimizer import DEEPSPEED_SCHEDULES, OptimizerConfig
+from r1jax.convert.model import Model
+from r1jax.deepspeed.checkpoint_state import groups_of
+from r1jax.deepspeed.training_state import ParamGroup, TrainingState
+from r1jax.deepspeed.zero_layout import Kind
+from r1jax.models.families import parameter_order, tensor_names
+from r1jax.models.hf_tensors import hf_tensors, leaf_at, tensors_of
+from r1jax.optimizer import make_schedule
+from r1jax.training.carried import is_small
+from r1jax.training.deepspeed import PLACES, saved_in
+
+
+def training_state(model: Model, *, trainer: bool) -> TrainingState:
+    """The model's state; trainer: with the schedule as transformers keeps it, else as the engine does.
+
+    Raises `UserError` where the source has no float32 moments, or does not say its optimizer's settings.
+    """
+    moments = model.state.get("optimizer")
+    if moments is None or set(moments) != {"mu", "nu", "count"}:
+        got = "a model alone" if moments is None else "an 8-bit optimizer's"
+        raise need("SRC", "a checkpoint with AdamW's float32 moments for --to deepspeed", got, "choose --to hf")
+    count, step = (int(loaded(leaf)) for leaf in (moments["count"], model.state["step"]))
+    saved = saved_in(model.metadata)
+    groups = _groups(model, count)
+    shapes = {tensor.name: tensor.shape for tensor in hf_tensors(model.params, model.config)}
+    return TrainingState(
+        shapes={name: shapes[name] for name in parameter_order(model.config)},
+        tied={"lm_head.weight": "model.embed_tokens.weight"} if model.config.tied_embeddings else {},
+        groups=groups,
+        tensors=lambda: _tensors(model),
+        adam_step=count,
+        global_step=step,
+        skipped_steps=saved.skipped_steps if saved else 0,
+        scheduler=_scheduler(model, groups, count, trainer),
+    )
+
+
+def _tensors(model: Model) -> Iterator[tuple[str, Kind, np.ndarray]]:
+    """Every kind of every parameter, cut from one leaf after another."""
+    for kind, path in PLACES.items():
+        for name in tensor_names(model.config):
+            values = np.asarray(loaded(leaf_at(model.state, (*path, *name.path))))
+            for tensor in tensors_of(name, values):
+                own = values if tensor.layer is None else values[tensor.layer]
+                yield tensor.name, kind, own.T if tensor.transpose else own
+                del own
+            # The next leaf is loaded when this one has gone, which `tensor` would hold too.
+            del values, tensor
+
+
+def _groups(model: Model, count: int) -> tuple[ParamGroup, ...]:
+    saved = saved_in(model.metadata)
+    kept = groups_of(saved) if saved and all(group.settings for group in saved.groups) else ()
+    if kept and saved and saved.step == count:
+        return kept
+    optim, num_steps = settings(model)
+    rate = float(make_schedule(optim, num_steps)(jnp.int32(count)))
+    if kept:
+        return tuple(dataclasses.replace(group, lr=rate) for group in kept)
+    about: dict[str, Any] = {
+        "lr": rate,
+        "initial_lr": optim.learning_rate,
+        "betas": (optim.adam_beta1, optim.adam_beta2),
+        "eps": optim.adam_epsilon,
+    }
+    names = parameter_order(model.config)
+    large, small = (tuple(name for name in names if is_small(name) == wanted) for wanted in (False, True))
+    return (
+        ParamGroup(names=large, weight_decay=optim.weight_decay, **about),
+        ParamGroup(names=small, weight_decay=0.0, **about),
+    )
+
+
+def settings(model: Model) -> tuple[OptimizerConfig, int]:
+    """The optimizer's settings and the number of steps of the run that wrote the checkpoint; raises `UserError` where
+    they are not in it."""
+    if "optimizer" not in model.metadata:
+        advice = "resume it with this version, which saves them, and convert its next checkpoint"
+        raise need("SRC", "a checkpoint that says its optimizer's settings", "an older one", advice)
+    return OptimizerConfig(**model.metadata["optimizer"]), int(model.metadata["num_steps"])
+
+
+def _scheduler(model: Model, groups: tuple[ParamGroup, ...], count: int, trainer: bool) -> dict[str, Any]:
+    """The state of the schedule after `count` updates: of transformers' LambdaLR, or of DeepSpeed's schedules."""
+    saved = saved_in(model.metadata)
+    kept = saved.scheduler if saved and saved.step == count else None
+    if kept and kept.origin == ("scheduler.pt" if trainer else "model_states"):
+        return kept.state
+    if not trainer:
+        return {"last_batch_iteration": count - 1}
+    return {
+        "base_lrs": [group.lr if group.initial_lr is None else group.initial_lr for group in groups],
+        "last_epoch": count,
+        "_step_count": count + 1,
+        "_is_initial": False,
+        "_get_lr_called_within_step": False,
+        "_last_lr": [group.lr for group in groups],
+        # The schedules' functions keep nothing of their own.
+        "lr_lambdas": [{} for _ in groups],
+    }
+
+
+def follows_deepspeeds_schedule(model: Model) -> bool:
+    """Whether the learning rate follows one of DeepSpeed's own schedules, which its engine keeps."""
+    saved = saved_in(model.metadata)
+    if saved and saved.scheduler:
+        return saved.scheduler.origin == "model_states"
+    return model.metadata.get("optimizer", {}).get("lr_scheduler_type") in DEEPSPEED_SCHEDULES

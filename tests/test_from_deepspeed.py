@@ -1,0 +1,66 @@
+"""`r1jax.train` goes on from a DeepSpeed checkpoint as torch does, for any stage and world size that wrote it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import numpy as np
+import pytest
+import yaml
+
+from r1jax import train
+from r1jax.deepspeed.training_state import Target
+from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
+from tests import torch_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch_run.TorchRun]:
+    folder = tmp_path_factory.mktemp("torch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        yield torch_run.train(folder)
+
+
+def go_on(run: torch_run.TorchRun, folder: Path, checkpoint: Path | None, **keys: Any) -> list[dict[str, Any]]:
+    """The metrics of a run in the folder that goes on from there; its own settings are not those of torch's run."""
+    recipe = {
+        "model_name_or_path": str(run.model), "dataset_train_file": str(run.rows), "output_dir": str(folder),
+        "max_length": torch_run.LENGTH, "packing": False, "per_device_train_batch_size": 1, "max_steps": 6,
+        "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": torch_run.WARMUP, "max_grad_norm": 1.0,
+        "logging_steps": 1, "report_to": "none", "save_steps": 2, "torch_dtype": "float32",
+        "resume_from_checkpoint": str(checkpoint) if checkpoint else None, **keys,
+    }  # fmt: skip
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe))
+    assert train.main(["--config", str(file)]) == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(2, 2), (3, 3)])
+def test_the_next_losses_are_torchs(run: torch_run.TorchRun, tmp_path: Path, stage: int, world_size: int):
+    """Within 1e-5 in float32; the checkpoint is the Trainer's at stage 2, load_checkpoint's at stage 3."""
+    target = Target(stage=stage, world_size=world_size, dtype="fp32")
+    if stage == 2:
+        given = write_trainer_checkpoint(tmp_path / "trainer", run.state, target, torch_run.TRAINER_STATE)
+    else:
+        write_checkpoint(tmp_path / "engine", run.state, target)
+        given = tmp_path / "engine"
+    lines = go_on(run, tmp_path / "out", given)
+    assert [line["step"] for line in lines if "loss" in line] == [4, 5, 6]
+    np.testing.assert_allclose([line["loss"] for line in lines if "loss" in line], run.losses, rtol=0, atol=1e-5)
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    np.testing.assert_allclose(rates, run.rates, rtol=1e-5)
+
+
+def test_its_own_checkpoints_hand_the_settings_on(run: torch_run.TorchRun, tmp_path: Path):
+    """A run that goes on from DeepSpeed and is interrupted ends as one that was not."""
+    target = Target(stage=1, world_size=2, dtype="fp32")
+    given = write_trainer_checkpoint(tmp_path / "trainer", run.state, target, torch_run.TRAINER_STATE)
+    whole = go_on(run, tmp_path / "whole", given)
+    assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["adam_beta2"] == torch_run.BETAS[1]
+    halves = go_on(run, tmp_path / "whole", tmp_path / "whole" / "checkpoints" / "4")
+    key = ("loss", "learning_rate", "grad_norm")
+    assert [[line.get(k) for k in key] for line in halves] == [[line.get(k) for k in key] for line in whole]
