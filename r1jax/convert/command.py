@@ -61,6 +61,7 @@ def _convert(argv: list[str]) -> int:
         else:
             if is_deepspeed:
                 model = from_deepspeed(args)
+                report.source(model, args.to)
             elif found and args.to != "orbax":
                 model = from_orbax(*found, args, stack)
             else:

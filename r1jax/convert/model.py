@@ -32,6 +32,8 @@ class Model:
     """Of a checkpoint's adapter."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     """What a checkpoint says of its run."""
+    left_behind: tuple[str, ...] = ()
+    """What of a DeepSpeed checkpoint is not read."""
 
     @property
     def params(self) -> Any:

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from r1jax.checkpoints.lazy import LazyArray
 from r1jax.convert.model import Model
+from r1jax.deepspeed.checkpoint_state import groups_of
 from r1jax.deepspeed.training_state import ParamGroup, TrainingState
 from r1jax.deepspeed.zero_layout import KINDS, Kind
+from r1jax.models.hf_tensors import hf_tensors
+from r1jax.training.deepspeed import saved_in
 
 _KINDS_BYTES = 4 * len(KINDS)
 """Of an element, in float32."""
@@ -73,15 +76,34 @@ class Report:
         return dataclasses.replace(state, tensors=tensors)
 
     def state(self, state: TrainingState) -> None:
-        """The lines about a training state."""
-        numel = sum(map(math.prod, state.shapes.values()))
-        self.say(
-            "parameters",
-            f"{len(state.shapes)} of {numel:,} elements; with both moments {_KINDS_BYTES * numel / 1e6:.0f} MB",
-        )
-        self.say("groups", "; ".join(map(_describe, state.groups)))
-        self.say("step", f"{state.global_step} updates, {state.adam_step} of Adam's, {state.skipped_steps} skipped")
-        self.say("carried", "weights, both moments, steps, settings of AdamW's groups, place of the schedule")
+        """The lines about a training state that is written."""
+        self._size(state.shapes.values(), len(KINDS))
+        self._run(state.groups, state.global_step, state.adam_step, state.skipped_steps)
+
+    def source(self, model: Model, to: str) -> None:
+        """The lines about a DeepSpeed checkpoint that becomes one of ours, or a model."""
+        saved = saved_in(model.metadata)
+        assert saved is not None
+        shapes = [tensor.shape for tensor in hf_tensors(model.params, model.config)]
+        self._size(shapes, 1 if to == "hf" else len(KINDS))
+        if to == "hf":
+            self.say("carried", "weights")
+            self.say("not carried", ", ".join(("moments, steps, settings, schedule", *model.left_behind)))
+            return
+        self._run(groups_of(saved), saved.global_steps, saved.step, saved.skipped_steps)
+        self.say("not carried", ", ".join(("order of data", *model.left_behind)))
+
+    def _size(self, shapes: Collection[tuple[int, ...]], kinds: int) -> None:
+        numel = sum(map(math.prod, shapes))
+        with_moments = " and both moments" if kinds > 1 else ""
+        size = f"{numel:,} elements, {4 * kinds * numel / 1e6:.1f} MB of float32 weights{with_moments}"
+        self.say("parameters", f"{len(shapes)} of {size}")
+
+    def _run(self, groups: Sequence[ParamGroup], step: int, adam_step: int, skipped: int) -> None:
+        for group in groups:
+            self.say("group", _describe(group))
+        self.say("step", f"{step} updates; Adam has counted {adam_step}, {skipped} were skipped")
+        self.say("carried", "weights, both moments, steps, settings of AdamW, place of the schedule")
 
     def _counting(self, leaf: LazyArray) -> Callable[[], np.ndarray]:
         def load() -> np.ndarray:
@@ -100,15 +122,15 @@ class Report:
         if self._bytes:
             seconds = time.perf_counter() - self._began
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT
-            amount = f"{self._bytes / 1e6:.0f} MB in {seconds:.1f} s, {self._bytes / 1e6 / seconds:.0f} MB/s"
+            amount = f"{self._bytes / 1e6:.1f} MB in {seconds:.1f} s, {self._bytes / 1e6 / seconds:.0f} MB/s"
             console.print(f"{'read':<12} {amount}; peak resident memory {peak / 1e6:.0f} MB", markup=False)
         console.print(last, markup=False)
 
 
 def _describe(group: ParamGroup) -> str:
     values = [("lr", group.lr), ("weight_decay", group.weight_decay), ("eps", group.eps)]
-    betas = ", ".join(f"{beta:.6g}" for beta in group.betas)
-    return f"{len(group.names)} with {', '.join(f'{name} {value:.6g}' for name, value in values)}, betas {betas}"
+    words = ", ".join(f"{name} {value:.6g}" for name, value in values)
+    return f"{len(group.names)} parameters: {words}, betas {group.betas[0]:.6g} and {group.betas[1]:.6g}"
 
 
 def _is_lazy(leaf: Any) -> bool:

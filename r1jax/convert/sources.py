@@ -107,6 +107,7 @@ def from_deepspeed(args: argparse.Namespace) -> Model:
         origin=f"step {checkpoint.step} of {opened.folder} ({kind}, {opened.dtype})",
         card=Card(steps=checkpoint.step, base_model=name),
         dtype=opened.dtype,
+        left_behind=opened.not_carried,
         metadata={**checkpoint.metadata(checkpoint.step), "model_name_or_path": name, "torch_dtype": opened.dtype},
     )
 

@@ -40,7 +40,7 @@ def write_trainer_checkpoint(
     target: Target,
     trainer_state: Mapping[str, Any],
     *,
-    beside: Callable[[Path], None] | None = None,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """The folder checkpoint-N from which transformers' Trainer resumes, in the one that is its output_dir.
 
@@ -78,6 +78,7 @@ def _staged(final: Path) -> Iterator[Path]:
     staging = final.with_name(f".{final.name}.incomplete")
     # What a killed run has left.
     shutil.rmtree(staging, ignore_errors=True)
+    is_new = not final.parent.exists()
     staging.mkdir(parents=True)
     try:
         yield staging
@@ -87,6 +88,9 @@ def _staged(final: Path) -> Iterator[Path]:
         _sync(final.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if is_new and not final.exists():
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                final.parent.rmdir()
 
 
 def _replace_text(path: Path, text: str) -> None:
