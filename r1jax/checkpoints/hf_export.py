@@ -1,7 +1,7 @@
 """A model leaves as a Hugging Face directory: config, weights, tokenizer, generation config, model card.
 
-Weights go out tensor by tensor: each is gathered from its shards, cast on the devices, and written with the others of
-its file; the model is whole on no device and no host. All files are complete on disk before the first one is replaced.
+Weights go out tensor by tensor: each is gathered from its shards, cast on the devices, and written; the model is whole
+on no device and no host. All files are complete on disk before the first one is replaced.
 """
 
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from r1jax.checkpoints.generation import generation_config as with_stop_ids
 from r1jax.checkpoints.hf import config_dtype, with_dtype
@@ -25,7 +25,7 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def export(
     directory: Path,
-    params: PyTree[Float[Array, "..."]],
+    params: PyTree,
     *,
     config: DecoderConfig,
     hf_config: dict[str, Any],
@@ -39,6 +39,7 @@ def export(
 
     `hf_config` keeps all its keys but the dtype; `generation_config` is the source's, completed here with the stop ids
     ({}: the source had none; None without a tokenizer: no such file). `dtype` None or "auto" is the one in hf_config.
+    `params` may be LazyArrays: each is loaded once, in process 0, and its tensors are cut from it and cast on the host.
     Every process of a run must call it; process 0 writes, the others return when it is done. An earlier export stays
     loadable until the new one is complete; config.json goes last, so a folder whose files are being moved is no model.
     """
@@ -85,11 +86,11 @@ def _num_bytes(tensor: HfTensor, dtype: np.dtype) -> int:
 
 def _write_weights(staging: Path, shards: list[list[HfTensor]], dtype: str, writes: bool) -> None:
     """Gathers in every process; writes in one."""
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(staging / file, shard, dtype, writes=writes, mode_of=staging / "config.json")
-        weight_map |= {tensor.name: file for tensor in shard}
-    if writes and len(shards) > 1:
+    stem, count = Path(SINGLE_FILE).stem, len(shards)
+    names = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    files = dict(zip(names if count > 1 else [SINGLE_FILE], shards, strict=True))
+    write_tensors({staging / file: shard for file, shard in files.items()}, dtype, writes=writes)
+    if writes and count > 1:
+        weight_map = {tensor.name: file for file, shard in files.items() for tensor in shard}
         total = sum(_num_bytes(tensor, np.dtype(dtype)) for shard in shards for tensor in shard)
         write_json(staging / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

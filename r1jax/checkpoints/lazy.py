@@ -36,20 +36,3 @@ def _checked(leaf: LazyArray) -> np.ndarray:
     promised, got = (leaf.shape, np.dtype(leaf.dtype)), (array.shape, array.dtype)
     assert got == promised, f"load gives {got}, the leaf promises {promised}"
     return array
-
-
-class Held:
-    """The leaf that was asked for last, loaded: the tensors that are cut from it follow one another."""
-
-    def __init__(self) -> None:
-        self._leaf: Any = None
-        self._loaded: Any = None
-
-    def __call__(self, leaf: Any) -> Any:
-        """The leaf with its numbers."""
-        if leaf is not self._leaf:
-            # The one before goes first: there is room for one.
-            self._leaf = self._loaded = None
-            self._loaded = loaded(leaf)
-            self._leaf = leaf
-        return self._loaded

@@ -43,7 +43,7 @@ def export_adapter(
                 write_json(staging / "generation_config.json", settings)
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
-        write_tensors(staging / WEIGHTS_FILE, tensors, "float32", writes=writes, mode_of=staging / CONFIG_FILE)
+        write_tensors({staging / WEIGHTS_FILE: tensors}, "float32", writes=writes)
 
 
 def peft_config(lora: LoraConfig, base_model: str, revision: str | None = None) -> dict[str, Any]:

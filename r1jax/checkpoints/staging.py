@@ -5,24 +5,28 @@ import json
 import os
 import re
 import shutil
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors.numpy import save_file
 
 from r1jax import progress
-from r1jax.models.hf_tensors import HfTensor, gather
+from r1jax.checkpoints.lazy import is_lazy, loaded
+from r1jax.models.hf_tensors import HfTensor, cut, file_header, gather
+from r1jax.models.lora import Adapted
 
 # Within the directory, so that moving a file out of it is one rename on one file system.
 _STAGING = ".export-incomplete"
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _CONFIGS = ("config.json", "adapter_config.json")
 """By which of them a folder is a model or an adapter; it is one of the two."""
+
+_PIECE_BYTES = 32 << 20
+"""Of a tensor, cast and written at a time."""
 
 
 @contextlib.contextmanager
@@ -44,19 +48,55 @@ def staged(directory: Path, config_file: str) -> Iterator[tuple[Path, bool]]:
         multihost_utils.sync_global_devices("r1jax-export")
 
 
-def write_tensors(path: Path, tensors: Iterable[HfTensor], dtype: str, *, writes: bool, mode_of: Path) -> None:
-    """One safetensors file; gathers in every process and writes in one. It gets the rights of the file mode_of."""
-    gathered: dict[str, np.ndarray] = {}
-    for tensor in tensors:
-        progress.report("export")
-        whole = gather(tensor, dtype)
-        if writes:
-            gathered[tensor.name] = np.ascontiguousarray(whole)
-    if writes:
-        # transformers reads a file only when it says which framework's layout it has.
-        save_file(gathered, path, metadata={"format": "pt"})
-        # safetensors makes its files readable by their owner alone; the user's umask decides here as elsewhere.
-        path.chmod(stat.S_IMODE(mode_of.stat().st_mode))
+def write_tensors(files: Mapping[Path, Sequence[HfTensor]], dtype: str, *, writes: bool) -> None:
+    """Safetensors files, tensor by tensor; gathers in every process, and writes and loads LazyArrays in one."""
+    held = _Held()
+    for path, tensors in files.items():
+        with path.open("wb") if writes else contextlib.nullcontext() as file:
+            if file is not None:
+                file.write(file_header(tensors, dtype, {}))
+            for tensor in tensors:
+                progress.report("export")
+                _write_tensor(file, tensor, dtype, held)
+
+
+class _Held:
+    """The lazy leaf that was asked for last, loaded: the tensors that are cut from it follow one another."""
+
+    def __init__(self) -> None:
+        self._leaf: Any = None
+        self._loaded: Any = None
+
+    def __call__(self, leaf: Any) -> Any:
+        """Its array on the host; an adapter's factors and their kernel on the device, where they are merged."""
+        if leaf is not self._leaf:
+            # The one before goes first: there is room for one.
+            self._leaf = self._loaded = None
+            array = loaded(leaf)
+            self._loaded = jax.tree.map(jnp.asarray, array) if isinstance(array, Adapted) else array
+            self._leaf = leaf
+        return self._loaded
+
+
+def _write_tensor(file: BinaryIO | None, tensor: HfTensor, dtype: str, held: _Held) -> None:
+    """Of its own, so that nothing of a leaf is left when the next one is loaded."""
+    if is_lazy(tensor.leaf):
+        if file is None:
+            return
+        tensor = tensor._replace(leaf=held(tensor.leaf))
+    array = cut(tensor, tensor.leaf) if isinstance(tensor.leaf, np.ndarray) else np.asarray(gather(tensor, dtype))
+    if file is not None:
+        _write(file, array, dtype)
+
+
+def _write(file: BinaryIO, array: np.ndarray, dtype: str) -> None:
+    """Writes the array in the dtype, some rows at a time: it may be a view of all there is room for."""
+    step = max(_PIECE_BYTES // max(array[:1].nbytes, 1), 1)
+    for start in range(0, len(array), step):
+        # What is too large for the dtype becomes infinite, without a word, as it does on the devices.
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(array[start : start + step], dtype)
+        file.write(rows.reshape(-1).view(np.uint8).data)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
-"""A parameter tree as Hugging Face's tensors: their names, shapes and layout, and each one gathered from its shards."""
+"""A parameter tree as Hugging Face's tensors: their names, shapes and layout, and each one gathered from its shards, or
+cut from an array of this host."""
 
 import functools
-from collections.abc import Callable, Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +22,7 @@ class HfTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     leaf: Any
-    """Our leaf, an array or what `jax.eval_shape` gives for one; a kernel with an adapter beside it is one leaf."""
+    """Our leaf, an array or what else has its shape; a kernel with an adapter beside it is one leaf."""
     layer: int | None
     """Its place in a stacked leaf; None when the leaf is the tensor."""
     transpose: bool
@@ -53,6 +56,28 @@ def _whole_leaf(params: PyTree, path: tuple[str, ...]) -> Any:
     return adapted(node) if path[-1] == "kernel" and SCALE in node else node[path[-1]]
 
 
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""numpy's names of the dtypes that weights are written in, and safetensors'."""
+
+
+def file_header(tensors: Iterable[HfTensor], dtype: str, metadata: dict[str, str]) -> bytes:
+    """A safetensors file but for the tensors' bytes, which follow it in their order.
+
+    It has 8 bytes of length, then names, dtypes, shapes and places as JSON.
+    """
+    # transformers reads a file only when it says which framework's layout it has.
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    start = 0
+    for tensor in tensors:
+        stop = start + math.prod(tensor.shape) * np.dtype(dtype).itemsize
+        facts = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        table[tensor.name] = facts
+        start = stop
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def gather(tensor: HfTensor, dtype: str) -> jax.Array:
     """The tensor, whole on each device: one tensor at a time, an adapter merged in, already in the dtype. Every process
     must call it."""
@@ -64,6 +89,12 @@ def gather(tensor: HfTensor, dtype: str) -> jax.Array:
         sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     pick = _picker(sharding, tensor.layer is not None, tensor.transpose, dtype)
     return pick(tensor.leaf, np.int32(tensor.layer or 0))
+
+
+def cut(tensor: HfTensor, array: np.ndarray) -> np.ndarray:
+    """The tensor as a view of its leaf's array, in that array's dtype."""
+    own = array if tensor.layer is None else array[tensor.layer]
+    return own.T if tensor.transpose else own
 
 
 @functools.cache

@@ -6,7 +6,6 @@ time, on any device or host.
 
 import collections
 import http.client
-import json
 import math
 import os
 import socket
@@ -20,25 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.models.config import DecoderConfig
-from r1jax.models.hf_tensors import HfTensor, gather, hf_tensors
+from r1jax.models.hf_tensors import HfTensor, file_header, gather, hf_tensors
 from r1jax.models.parameters import Params
 
 UPLOAD_PATH = "/r1jax/weights/"
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _AHEAD = 2
 
 
 def header_of(params: Params, config: DecoderConfig, dtype: str, version: int) -> bytes:
-    """The file's beginning: 8 bytes of length, then names, dtypes, shapes and places as JSON."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt", "version": str(version)}}
-    start = 0
-    for tensor in hf_tensors(params, config):
-        stop = start + math.prod(tensor.shape) * jnp.dtype(dtype).itemsize
-        table[tensor.name] = {"dtype": _DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    """The file's beginning, which says the version too."""
+    return file_header(hf_tensors(params, config), dtype, {"version": str(version)})
 
 
 def data_bytes(params: Params, config: DecoderConfig, dtype: str) -> int:

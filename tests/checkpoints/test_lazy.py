@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1jax.checkpoints import lazy_handler
-from r1jax.checkpoints.lazy import Held, LazyArray, loaded
+from r1jax.checkpoints.lazy import LazyArray, loaded
 from r1jax.checkpoints.orbax import Checkpoints
 from r1jax.config.errors import UserError, need
 
@@ -144,15 +144,6 @@ def test_what_load_raises_arrives_and_nothing_is_committed(checkpoints: Checkpoi
 def test_a_leaf_that_is_not_what_it_promises_is_our_error():
     with pytest.raises(AssertionError, match=r"load gives .*\(3,\).*the leaf promises .*\(4,\)"):
         loaded(LazyArray((4,), np.dtype(np.float32), lambda: np.zeros(3, np.float32)))
-
-
-def test_the_leaf_asked_for_last_is_loaded_once():
-    loads = []
-    one, other = lazily((np.arange(3), np.arange(4)), loads.append)
-    held = Held()
-    for leaf in (one, one, other, other, one):
-        assert held(leaf).shape == leaf.shape
-    assert [len(copy) for copy in loads] == [3, 4, 3]
 
 
 @pytest.fixture
