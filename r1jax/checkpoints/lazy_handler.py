@@ -5,7 +5,8 @@ What is written is what Orbax writes for numpy arrays, and is restored as any ot
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,8 @@ import tensorstore  # Orbax's own dependency, which it names in what it returns
 
 from r1jax.checkpoints.lazy import LazyArray, loaded
 
-_PIECE_BYTES = 32 << 20
-"""Of a stored chunk, read at a time."""
+_PIECE_BYTES = 1 << 20
+"""Of a stored chunk, read at a time. Many threads read, and each keeps the memory of its last piece."""
 
 _CUT_BYTES = 1 << 30
 """Orbax stores a smaller leaf as one chunk, and cuts one above 2 GiB along its longest axis."""
@@ -76,20 +77,28 @@ def _read(store: Any) -> np.ndarray:
     array = np.empty(store.shape, store.dtype.numpy_dtype)
     for index in np.ndindex(*(-(-size // chunk) for size, chunk in zip(array.shape, layout["chunks"], strict=True))):
         region = tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(index, layout["chunks"], strict=True))
-        _fill(array[region], store.kvstore, layout["dimension_separator"].join(map(str, index)), layout["chunks"])
+        key = layout["dimension_separator"].join(map(str, index))
+        _fill(array[region], partial(_bytes, store.kvstore, key), 0, layout["chunks"])
     return array
 
 
-def _fill(target: np.ndarray, kvstore: Any, key: str, chunk: Sequence[int]) -> None:
-    """Copies a chunk's bytes, which are its values row by row, into the array's part; at its end a chunk is longer."""
+def _bytes(kvstore: Any, key: str, start: int, stop: int) -> bytes:
+    return kvstore.read(key, byte_range=slice(start, stop)).result().value
+
+
+def _fill(target: np.ndarray, stored: Callable[[int, int], bytes], at: int, chunk: Sequence[int]) -> None:
+    """Copies values into the array's part from a chunk of that shape, stored row by row from byte `at` on.
+
+    At the array's end the chunk goes on and the part does not.
+    """
+    row_bytes = math.prod(chunk[1:]) * target.dtype.itemsize
+    if row_bytes > _PIECE_BYTES and target.ndim > 1:
+        for number, row in enumerate(target):
+            _fill(row, stored, at + number * row_bytes, chunk[1:])
+        return
     inside = tuple(slice(size) for size in target.shape[1:])
-    row_bytes = int(np.prod(chunk[1:], dtype=np.int64)) * target.dtype.itemsize
-    for rows in _pieces(len(target), row_bytes):
-        stored = kvstore.read(key, byte_range=slice(rows.start * row_bytes, rows.stop * row_bytes)).result().value
-        target[rows] = np.frombuffer(stored, target.dtype).reshape(-1, *chunk[1:])[:, *inside]
-
-
-def _pieces(num_rows: int, row_bytes: int) -> Iterator[slice]:
-    """The rows, a piece's bytes at a time, or one where it is longer."""
     step = max(_PIECE_BYTES // row_bytes, 1)
-    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+    for start in range(0, len(target), step):
+        stop = min(start + step, len(target))
+        rows = np.frombuffer(stored(at + start * row_bytes, at + stop * row_bytes), target.dtype)
+        target[start:stop] = rows.reshape(-1, *chunk[1:])[:, *inside]

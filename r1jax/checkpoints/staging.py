@@ -25,7 +25,7 @@ _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\
 _CONFIGS = ("config.json", "adapter_config.json")
 """By which of them a folder is a model or an adapter; it is one of the two."""
 
-_PIECE_BYTES = 32 << 20
+_PIECE_BYTES = 1 << 20
 """Of a tensor, cast and written at a time."""
 
 
