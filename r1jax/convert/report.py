@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,8 +24,7 @@ from r1jax.training.deepspeed import saved_in
 
 _KINDS_BYTES = 4 * len(KINDS)
 """Of an element, in float32."""
-_PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes of a unit of ru_maxrss."""
+_STATUS = Path("/proc/self/status")
 
 
 class Report:
@@ -121,10 +121,18 @@ class Report:
             console.print(f"{name:<12} {text}", markup=False)
         if self._bytes:
             seconds = time.perf_counter() - self._began
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT
             amount = f"{self._bytes / 1e6:.1f} MB in {seconds:.1f} s, {self._bytes / 1e6 / seconds:.0f} MB/s"
-            console.print(f"{'read':<12} {amount}; peak resident memory {peak / 1e6:.0f} MB", markup=False)
+            console.print(f"{'read':<12} {amount}; peak resident memory {_peak() / 1e6:.0f} MB", markup=False)
         console.print(last, markup=False)
+
+
+def _peak() -> int:
+    """Bytes that this process has had resident at most."""
+    if not _STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # Linux counts what the parent had when it forked into ru_maxrss.
+    words = next(line.split() for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(words[1]) * 1024
 
 
 def _describe(group: ParamGroup) -> str:

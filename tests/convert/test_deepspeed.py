@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from r1jax.deepspeed.saved import Saved
 from r1jax.deepspeed.tensors import FileTensor
 from r1jax.deepspeed.torch_file import load
 from r1jax.deepspeed.training_state import Target
-from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
+from r1jax.deepspeed.writer import write_checkpoint
 from r1jax.deepspeed.zero_layout import KINDS
 from r1jax.training.deepspeed import DEEPSPEED
 from tests import torch_run
@@ -38,6 +37,15 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     odd = {"hidden_size": 30, "intermediate_size": 49, "num_attention_heads": 3, "num_key_value_heads": 1}
     folder = tmp_path_factory.mktemp("torch")
     return torch_run.train(folder, **odd, head_dim=10, tie_word_embeddings=request.param)
+
+
+@pytest.fixture(scope="module")
+def converted(run: torch_run.TorchRun) -> Path:
+    """A folder with the run as the engine saves it, and as our own checkpoint."""
+    folder = run.model.parent
+    write_checkpoint(folder / "engine", run.state, Target(stage=2, world_size=3, dtype="fp32"))
+    convert(folder / "engine", folder / "run", "--to", "orbax", "--model_name_or_path", run.model)
+    return folder
 
 
 def convert(*argv: Any) -> None:
@@ -103,27 +111,20 @@ def outline(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(("stage", "world_size"), SHAPES)
-def test_any_stage_and_world_size(run: torch_run.TorchRun, tmp_path: Path, stage: int, world_size: int):
+def test_any_stage_and_world_size(converted: Path, tmp_path: Path, stage: int, world_size: int):
     """By way of Orbax into every other stage and world size, odd sizes, tied and not: the same numbers."""
-    folder = tmp_path / "source"
-    trainer = write_trainer_checkpoint(
-        folder, run.state, Target(stage=2, world_size=3, dtype="fp32"), torch_run.TRAINER_STATE
-    )
-    shutil.copy(run.model / "config.json", trainer)
-    convert(folder, tmp_path / "run", "--to", "orbax")
     to = ("--to", "deepspeed", "--zero_stage", stage, "--world_size", world_size)
-    convert(tmp_path / "run", tmp_path / "back", *to)
-    convert(folder, tmp_path / "straight", *to)
+    convert(converted / "run", tmp_path / "back", *to)
+    convert(converted / "engine", tmp_path / "straight", *to)
     for made in ("back", "straight"):
         opened = open_checkpoint(tmp_path / made)
         assert (opened.stage, opened.world_size) == (stage, world_size)
-        assert_same_state(opened, open_checkpoint(folder))
+        assert_same_state(opened, open_checkpoint(converted / "engine"))
 
 
-def test_the_trainers_folder_is_a_model_too(run: torch_run.TorchRun, tmp_path: Path):
+def test_its_weights_are_a_model(run: torch_run.TorchRun, tmp_path: Path):
     write_checkpoint(tmp_path / "engine", run.state, Target(stage=3, world_size=2, dtype="bf16"))
     model = ("--model_name_or_path", run.model)
-    convert(tmp_path / "engine", tmp_path / "run", "--to", "orbax", *model)
     convert(tmp_path / "engine", tmp_path / "model", "--to", "hf", *model)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.dtype == torch.bfloat16
@@ -135,16 +136,14 @@ def test_the_trainers_folder_is_a_model_too(run: torch_run.TorchRun, tmp_path: P
     assert all(np.array_equal(found[name], run.arrays[(name, "fp32")]) for name in run.state.shapes)
 
 
-def test_orbax_says_what_deepspeed_said(run: torch_run.TorchRun, tmp_path: Path):
-    write_checkpoint(tmp_path / "engine", run.state, Target(stage=1, world_size=2, dtype="fp32"))
-    convert(tmp_path / "engine", tmp_path / "run", "--to", "orbax", "--model_name_or_path", run.model)
-    with contextlib.closing(Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)) as checkpoints:
+def test_orbax_says_what_deepspeed_said(converted: Path):
+    with contextlib.closing(Checkpoints(converted / "run" / "checkpoints", read_only=True)) as checkpoints:
         metadata = checkpoints.metadata(torch_run.STEPS)
         assert checkpoints.damage(torch_run.STEPS) is None
     assert metadata[DEEPSPEED]["groups"][0]["settings"]["weight_decay"] == torch_run.DECAY
     assert (metadata["step"], metadata["state_only"]) == (torch_run.STEPS, True)
     # A tokenizer goes along, so that the run's export has one.
-    assert (tmp_path / "run" / "checkpoints" / "3" / "model" / "tokenizer.json").is_file()
+    assert (converted / "run" / "checkpoints" / "3" / "model" / "tokenizer.json").is_file()
 
 
 def test_what_cannot_be_converted_is_refused(
@@ -168,7 +167,7 @@ def test_what_cannot_be_converted_is_refused(
     rank.write_bytes(content[: len(content) // 2])
     assert refusal(capsys, tmp_path / "engine", out, *to).startswith("SRC: need ")
     rank.unlink()
-    assert "optim_states.pt" in refusal(capsys, tmp_path / "engine", out, *to)
+    assert "need the optim_states of 2 ranks" in refusal(capsys, tmp_path / "engine", out, *to)
     assert not out.exists()
 
 

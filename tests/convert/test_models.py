@@ -117,7 +117,7 @@ def test_tokenizer_comes_from_where_it_is_given(
 def test_what_cannot_be_converted_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert refusal(capsys, "./absent", tmp_path, "--to", "hf").startswith("SRC: need a directory that exists")
     assert "neither config.json nor checkpoints" in refusal(capsys, tmp_path, tmp_path, "--to", "hf")
-    assert refusal(capsys, model, tmp_path, "--to", "deepspeed").startswith("to: need")
+    assert refusal(capsys, model, tmp_path, "--to", "gguf").startswith("to: need")
     assert refusal(capsys, model, tmp_path, "--to", "orbax", "--dtype", "float16").startswith("dtype: need")
     assert list(tmp_path.iterdir()) == []
     save_run(model, tmp_path)
