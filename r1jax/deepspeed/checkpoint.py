@@ -15,7 +15,7 @@ import numpy as np
 from r1jax.config.errors import need
 from r1jax.deepspeed.content import of_kind, plain
 from r1jax.deepspeed.folders import TRAINER_STATE, CheckpointFiles, find_checkpoint
-from r1jax.deepspeed.model_states import ModelStates, read_model_states
+from r1jax.deepspeed.model_states import ModelStates, read_model_states, refuse_other_save
 from r1jax.deepspeed.optimizer_states import AdamSettings
 from r1jax.deepspeed.saved import ParameterGroup, Saved, Scheduler
 from r1jax.deepspeed.torch_file import load, reading
@@ -78,6 +78,8 @@ def open_checkpoint(path: Path) -> ZeroCheckpoint:
     else:
         source = read_zero(files, model)
         settings = source.ranks[0].settings
+    with reading(files.model[0], "a model_states file of the optimizer's save"):
+        refuse_other_save(model, settings.world_size, settings.step)
     with reading(files.folder, "frozen parameters of the saved shapes"):
         for name in model.frozen:
             frozen_stretches(model, name)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from r1jax.config.errors import shown
 from r1jax.deepspeed.pickles import Refused
-from r1jax.deepspeed.tensors import FileTensor, lengths
+from r1jax.deepspeed.tensors import FileTensor, shape_of
 
 MAX_NODES = 1_000_000
 MAX_DEPTH = 40
@@ -54,7 +54,7 @@ def names(values: object, what: str) -> list[str]:
 def shapes(values: object, what: str) -> dict[str, tuple[int, ...]]:
     """The shapes by parameter name, in the file's order."""
     mapping = of_kind(values, what, dict)
-    return {name: lengths(mapping[name]) for name in names(mapping, what)}
+    return {name: shape_of(mapping[name]) for name in names(mapping, what)}
 
 
 def number(value: object, what: str) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from r1jax.config.errors import need, shown
+from r1jax.deepspeed.torch_file import reading
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 TRAINER_STATE = "trainer_state.json"
@@ -40,6 +41,11 @@ class CheckpointFiles:
     def universal(self) -> bool:
         return not self.optimizer
 
+    @property
+    def model_by_rank(self) -> bool:
+        """Whether the model's file names have a rank, as at stage 3."""
+        return self.model[0].name.startswith("zero_pp_rank_")
+
 
 def find_checkpoint(path: Path) -> CheckpointFiles:
     """The files of the checkpoint there; raises `UserError` where there is none or a file of a rank is missing.
@@ -49,10 +55,12 @@ def find_checkpoint(path: Path) -> CheckpointFiles:
     """
     if not path.is_dir():
         raise need("checkpoint", "a folder with a DeepSpeed checkpoint", str(path), "check the path")
-    folder = _tag_folder(path)
-    trainer = next((place for place in (folder, folder.parent) if (place / TRAINER_STATE).is_file()), None)
-    model, optimizer, bf16 = _rank_files(folder)
-    if not optimizer and not (folder / _UNIVERSAL_FOLDER).is_dir():
+    with reading(path, "a folder with a DeepSpeed checkpoint"):
+        folder = _tag_folder(path)
+        trainer = next((place for place in (folder, folder.parent) if (place / TRAINER_STATE).is_file()), None)
+        model, optimizer, bf16 = _rank_files(folder)
+        whole = bool(optimizer) or (folder / _UNIVERSAL_FOLDER).is_dir()
+    if not whole:
         got = f"{folder} without any rank's optim_states.pt"
         raise need("checkpoint", "a ZeRO checkpoint (stage 1, 2 or 3, or a universal one)", got, _WHOLE)
     return CheckpointFiles(folder, trainer, tuple(model), tuple(optimizer), bf16)

@@ -36,6 +36,8 @@ class ModelStates:
     """Of frozen parameters: whole ones of rank 0 up to stage 2, each rank's shards at stage 3."""
     tied: dict[str, str]
     """The holder's name for each other name of a shared parameter."""
+    world_size: int
+    """Zero where the files do not say it."""
     dtype: str
     """The model's dtype as numpy names it."""
     global_steps: int
@@ -59,6 +61,16 @@ def read_model_states(files: CheckpointFiles) -> ModelStates:
     return dataclasses.replace(states, frozen_values=tuple(fragments))
 
 
+def refuse_other_save(model: ModelStates, world_size: int, step: int) -> None:
+    """Nothing; raises `Refused` when the optimizer's files, of which these are facts, are not of the model's save."""
+    if model.world_size not in (0, world_size):
+        raise Refused(f"dp_world_size {model.world_size} beside an optimizer of {world_size} ranks", _ONE_SAVE)
+    updates = model.global_steps - model.skipped_steps
+    # Earlier releases of DeepSpeed let Adam make its state by a first step on zeros, which is counted.
+    if step not in (updates, updates + 1):
+        raise Refused(f"{updates} steps (without skipped ones) beside Adam's step {step}", _ONE_SAVE)
+
+
 def _parse(content: dict[Any, Any], dtype: str | None) -> ModelStates:
     _refuse_parallel(content)
     module = get(content, "module", dict)
@@ -76,6 +88,7 @@ def _parse(content: dict[Any, Any], dtype: str | None) -> ModelStates:
         frozen=frozen,
         frozen_values=(_fragments(content, frozen),),
         tied=tied,
+        world_size=count(content, "dp_world_size", 0),
         dtype=dtype or _dtype(module, set(held)),
         global_steps=count(content, "global_steps"),
         skipped_steps=count(content, "skipped_steps", 0),
@@ -147,9 +160,12 @@ def _refuse_other_save(first: dict[Any, Any], other: dict[Any, Any]) -> None:
         ours, theirs = count(first, key, 0), count(other, key, 0)
         if ours != theirs:
             raise Refused(f"{key} {theirs}, which is {ours} in rank 0's", _ONE_SAVE)
-    groups = [shapes(group, "param_shapes") for group in get(other, "param_shapes", list)]
-    if groups != [shapes(group, "param_shapes") for group in get(first, "param_shapes", list)]:
+    if _ordered_shapes(first) != _ordered_shapes(other):
         raise Refused("other param_shapes than rank 0's", _ONE_SAVE)
+
+
+def _ordered_shapes(content: dict[Any, Any]) -> list[list[tuple[str, tuple[int, ...]]]]:
+    return [list(shapes(group, "param_shapes").items()) for group in get(content, "param_shapes", list)]
 
 
 def _not_carried(content: dict[Any, Any]) -> tuple[str, ...]:

@@ -106,10 +106,11 @@ def read_groups(param_groups: list[Any]) -> tuple[tuple[dict[str, Any], ...], tu
             if type(buffer) is not int or buffer in group_of:
                 raise Refused("param_groups whose params are not numbers of their own")
             group_of[buffer] = index
-        groups.append(plain({key: value for key, value in settings.items() if key != "params"}, "param_groups"))
+        groups.append({key: value for key, value in settings.items() if key != "params"})
     if sorted(group_of) != list(range(len(group_of))):
         raise Refused("param_groups whose params do not number the state")
-    return tuple(groups), tuple(group_of[buffer] for buffer in range(len(group_of)))
+    # All at once: a thousand groups that share what is large would take it a thousand times.
+    return tuple(plain(groups, "param_groups")), tuple(group_of[buffer] for buffer in range(len(group_of)))
 
 
 def read_step(kept: list[Any]) -> int:

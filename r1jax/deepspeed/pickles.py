@@ -17,10 +17,11 @@ MAX_BYTES = 1 << 24
 MAX_STEPS = 4_000_000
 """Operations in one pickle. Each makes at most one object, so this bounds memory (to some 400 MB) as well as time."""
 MAX_MADE = 1 << 26
-"""Bytes that calls may make together; one long string could otherwise be copied a million times."""
+"""Bytes that calls and sets may take together; one long string could otherwise be copied a million times."""
 MAX_INT_BYTES = 32
 
 _BYTES_PER_MEMBER = 64
+_BYTES_PER_SET = 256
 _MAX_NAME = 200
 
 
@@ -153,10 +154,18 @@ class _Machine:
             raise Refused(f"a pickle that calls {what}")
         value = target.call(*args)
         if isinstance(value, bytes | set | dict):
-            self.made += len(value) * (1 if isinstance(value, bytes) else _BYTES_PER_MEMBER)
-            if self.made > MAX_MADE:
-                raise Refused(f"a pickle whose calls make more than {MAX_MADE} bytes")
+            self.charge(len(value) * (1 if isinstance(value, bytes) else _BYTES_PER_MEMBER))
         self.push(value)
+
+    def charge(self, num_bytes: int) -> None:
+        self.made += num_bytes
+        if self.made > MAX_MADE:
+            raise Refused(f"a pickle whose calls and sets take more than {MAX_MADE} bytes")
+
+    def new_set(self) -> None:
+        # Several times what any other operation takes.
+        self.charge(_BYTES_PER_SET)
+        self.push(set())
 
     def build(self) -> None:
         state = self.pop()
@@ -259,7 +268,7 @@ _OPERATIONS: dict[bytes, Callable[[_Machine], object]] = {
     b"}": lambda machine: machine.push({}),
     b"s": lambda machine: machine.set_items(machine.pair()),
     b"u": lambda machine: machine.set_items(machine.items()),
-    b"\x8f": lambda machine: machine.push(set()),
+    b"\x8f": _Machine.new_set,
     b"\x90": lambda machine: machine.add(machine.items()),
     b"c": lambda machine: machine.find(machine.line(), machine.line()),
     b"\x93": _Machine.stacked_name,

@@ -40,6 +40,9 @@ class _Entry:
 
 def read_members(path: Path) -> dict[str, Member]:
     """The members by name; raises `Refused` for a file that is no such zip and `OSError` when it cannot be read."""
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for somebody to write into it.
+        raise Refused("a folder, a pipe or a device")
     with path.open("rb") as file:
         size = file.seek(0, 2)
         if _at(file, size, 0, 4) != _LOCAL:

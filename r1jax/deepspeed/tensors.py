@@ -13,6 +13,8 @@ import numpy as np
 from r1jax.deepspeed.pickles import Refused
 
 MAX_DIMS = 16
+MAX_LENGTH = 1 << 48
+"""Elements. No file has so many, and numpy cannot make arrays, empty ones too, whose sizes multiply to much more."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,12 +88,11 @@ def file_tensor(storage: object, offset: object, shape: object, strides: object)
     """
     if not isinstance(storage, Storage):
         raise Refused("a tensor without a storage")
-    sizes, steps = lengths(shape), lengths(strides)
+    sizes, steps = shape_of(shape), lengths(strides)
     if type(offset) is not int or offset < 0 or len(sizes) != len(steps):
         raise Refused("a tensor whose offset, shape and strides do not fit together")
     numel = math.prod(sizes)
-    inside = offset + _span(sizes, steps) <= storage.numel if numel else math.prod(filter(None, sizes)) < 1 << 48
-    if numel > storage.numel or not inside:
+    if numel > storage.numel or (numel and offset + _span(sizes, steps) > storage.numel):
         raise Refused(f"a tensor that reaches beyond its storage of {storage.numel} elements")
     return FileTensor(storage, offset, sizes, steps)
 
@@ -100,9 +101,17 @@ def lengths(value: object) -> tuple[int, ...]:
     """The value where it is a tuple of counts; raises `Refused` for anything else."""
     if not isinstance(value, tuple) or len(value) > MAX_DIMS:
         raise Refused("a shape that is not a short tuple")
-    if not all(type(size) is int and size >= 0 for size in value):
+    if not all(type(size) is int and 0 <= size < MAX_LENGTH for size in value):
         raise Refused("a shape with something else than counts")
     return value
+
+
+def shape_of(value: object) -> tuple[int, ...]:
+    """The value where it is a shape that an array can have; raises `Refused` for anything else."""
+    sizes = lengths(value)
+    if math.prod(filter(None, sizes)) >= MAX_LENGTH:
+        raise Refused("a shape of more elements than there can be")
+    return sizes
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

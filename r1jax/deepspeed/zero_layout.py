@@ -77,8 +77,8 @@ class Layout:
         return len(self.buffers)
 
     def places(self, name: str) -> tuple[Place, ...]:
-        """Where the parameter's elements are, in their order: the pieces join to all of it."""
-        return self._places[name]
+        """Where the parameter's elements are, in their order: the pieces join to all of it; none for no elements."""
+        return self._places.get(name, ())
 
     @cached_property
     def _places(self) -> dict[str, tuple[Place, ...]]:

@@ -101,14 +101,21 @@ def frozen_stretches(model: ModelStates, name: str) -> list[Stretch]:
 
 
 def _refuse_missing(files: CheckpointFiles, first: RankState) -> None:
-    world_size = len(files.optimizer)
-    if first.settings.world_size != world_size:
-        got = f"{world_size} in {files.folder}"
-        raise need("checkpoint", f"the optim_states of {first.settings.world_size} ranks, as they say", got, _WHOLE)
-    expected = world_size if first.settings.stage == 3 else 1
-    if len(files.model) != expected:
-        got = f"{len(files.model)} in {files.folder}"
-        raise need("checkpoint", f"{expected} model_states beside them at stage {first.settings.stage}", got, _WHOLE)
+    world_size, stage = first.settings.world_size, first.settings.stage
+    if (held := len(files.optimizer)) != world_size:
+        got = _held(files, held, world_size)
+        raise need("checkpoint", f"the optim_states of {world_size} ranks, as they say", got, _WHOLE)
+    if (stage == 3) != files.model_by_rank:
+        raise need("checkpoint", f"the model_states of the optimizer's stage {stage}", str(files.model[0]), _WHOLE)
+    expected = world_size if stage == 3 else 1
+    if (held := len(files.model)) != expected:
+        got = _held(files, held, expected)
+        raise need("checkpoint", f"{expected} model_states beside them at stage {stage}", got, _WHOLE)
+
+
+def _held(files: CheckpointFiles, held: int, wanted: int) -> str:
+    missing = ", ".join(str(rank) for rank in range(wanted)[held:][:5])
+    return f"{held} in {files.folder}" + (f", none of rank {missing}" if missing else "")
 
 
 def _layout(group: int, model: ModelStates, ranks: list[RankState]) -> Layout:
