@@ -23,6 +23,8 @@ deepspeed = importlib.import_module("deepspeed")
 gathered = importlib.import_module("deepspeed.utils")
 
 NUM_SEQUENCES, NUM_TOKENS, VOCABULARY = 12, 16, 127
+# Those that the tokenizer of the tests has, which r1jax holds tokens against.
+WORDS = 64
 STEPS = 3
 SETTINGS = {
     "train_batch_size": NUM_SEQUENCES,
@@ -195,9 +197,9 @@ def _run_script(module: str, *arguments: str) -> None:
 
 
 class _Tokens(torch.utils.data.Dataset):
-    def __init__(self) -> None:
+    def __init__(self, num_rows: int) -> None:
         generator = torch.Generator().manual_seed(5)
-        self.tokens = torch.randint(3, VOCABULARY, (96, NUM_TOKENS), generator=generator)
+        self.tokens = torch.randint(3, WORDS, (num_rows, NUM_TOKENS), generator=generator)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -207,7 +209,7 @@ class _Tokens(torch.utils.data.Dataset):
 
 
 def use_trainer(case: dict[str, Any]) -> None:
-    """Hugging Face's Trainer: six steps with a save after the third, or the rest of them after a checkpoint."""
+    """Hugging Face's Trainer: its steps with a save after every third, or the rest of them after a checkpoint."""
     folder = Path(case["folder"])
     config = {
         "zero_optimization": {"stage": case["stage"]},
@@ -221,7 +223,7 @@ def use_trainer(case: dict[str, Any]) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=NUM_SEQUENCES // int(os.environ["WORLD_SIZE"]),
-        max_steps=2 * STEPS,
+        max_steps=case["max_steps"],
         save_steps=STEPS,
         save_strategy="steps" if case.get("load") is None else "no",
         logging_steps=1,
@@ -236,7 +238,9 @@ def use_trainer(case: dict[str, Any]) -> None:
         deepspeed=config,
     )
     seed = 0 if case.get("load") is None else 12345
-    trainer = Trainer(model=make_model(tied=case["tied"], seed=seed), args=arguments, train_dataset=_Tokens())
+    trainer = Trainer(
+        model=make_model(tied=case["tied"], seed=seed), args=arguments, train_dataset=_Tokens(case["num_rows"])
+    )
     trainer.train(resume_from_checkpoint=case.get("load"))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     write_results(folder, {}, {"history": history, "global_step": trainer.state.global_step})
