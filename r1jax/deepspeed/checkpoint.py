@@ -24,7 +24,7 @@ from r1jax.deepspeed.zero_layout import KINDS
 from r1jax.deepspeed.zero_reader import Source, Stretch, frozen_stretches, read_zero
 
 SCHEDULER = "scheduler.pt"
-_MAX_JSON = 1 << 28
+_MAX_JSON = 1 << 26
 # Elements copied at a time: what is mapped counts as this process's memory while it is.
 _MAPPED_ELEMENTS = 1 << 24
 _NOT_READ = ("rng_state*.pth", "training_args.bin")

@@ -74,7 +74,7 @@ def refuse_other_save(model: ModelStates, world_size: int, step: int) -> None:
 def _parse(content: dict[Any, Any], dtype: str | None) -> ModelStates:
     _refuse_parallel(content)
     module = get(content, "module", dict)
-    groups = tuple(shapes(group, "param_shapes") for group in get(content, "param_shapes", list))
+    groups = _groups(content)
     tied = _tied(content)
     frozen = _frozen(content, module, {*tied, *names(content.get("buffer_names") or [], "buffer_names")}, groups)
     held = [name for group in (*groups, frozen) for name in group]
@@ -108,6 +108,18 @@ def _refuse_parallel(content: dict[Any, Any]) -> None:
             raise Refused(f"{key} {size} (tensor or pipeline parallelism)", _MERGED)
     if content.get("ds_autoep_layers") or content.get("autoep_layers"):
         raise Refused("expert parallelism", _MERGED)
+
+
+def _groups(content: dict[Any, Any]) -> tuple[dict[str, tuple[int, ...]], ...]:
+    groups: list[dict[str, tuple[int, ...]]] = []
+    held: set[str] = set()
+    for group in get(content, "param_shapes", list):
+        groups.append(shapes(group, "param_shapes"))
+        # Looked for in each group, for one of many names may stand in the list a thousand times.
+        if not held.isdisjoint(groups[-1]):
+            raise Refused("a parameter in two groups of param_shapes")
+        held.update(groups[-1])
+    return tuple(groups)
 
 
 def _tied(content: dict[Any, Any]) -> dict[str, str]:
@@ -160,12 +172,9 @@ def _refuse_other_save(first: dict[Any, Any], other: dict[Any, Any]) -> None:
         ours, theirs = count(first, key, 0), count(other, key, 0)
         if ours != theirs:
             raise Refused(f"{key} {theirs}, which is {ours} in rank 0's", _ONE_SAVE)
-    if _ordered_shapes(first) != _ordered_shapes(other):
+    ours, theirs = ([list(group.items()) for group in _groups(content)] for content in (first, other))
+    if ours != theirs:
         raise Refused("other param_shapes than rank 0's", _ONE_SAVE)
-
-
-def _ordered_shapes(content: dict[Any, Any]) -> list[list[tuple[str, tuple[int, ...]]]]:
-    return [list(shapes(group, "param_shapes").items()) for group in get(content, "param_shapes", list)]
 
 
 def _not_carried(content: dict[Any, Any]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ MAX_INT_BYTES = 32
 
 _BYTES_PER_MEMBER = 64
 _BYTES_PER_SET = 256
+_MAX_ARGUMENTS = 16
 _MAX_NAME = 200
 
 
@@ -152,10 +153,12 @@ class _Machine:
         if not isinstance(target, Global) or target.call is None or not isinstance(args, tuple):
             what = target.name if isinstance(target, Global) else f"a {type(target).__name__}"
             raise Refused(f"a pickle that calls {what}")
-        value = target.call(*args)
-        if isinstance(value, bytes | set | dict):
-            self.charge(len(value) * (1 if isinstance(value, bytes) else _BYTES_PER_MEMBER))
-        self.push(value)
+        if len(args) > _MAX_ARGUMENTS:
+            raise Refused(f"a pickle that calls {target.name} with {len(args)} arguments")
+        # The time of a call, too, grows with what it is given.
+        self.charge(sum(len(arg) for arg in args if isinstance(arg, str)))
+        self.charge(sum(_BYTES_PER_MEMBER * len(arg) for arg in args if isinstance(arg, list)))
+        self.push(target.call(*args))
 
     def charge(self, num_bytes: int) -> None:
         self.made += num_bytes

@@ -19,6 +19,7 @@ from r1jax.deepspeed.stored_zip import Member, read_members
 from r1jax.deepspeed.tensors import Storage
 
 _PICKLE = "data.pkl"
+_MAX_KEY = 64
 
 
 def load(path: Path) -> Any:
@@ -71,7 +72,8 @@ def _storage(path: Path, members: dict[str, Member], root: str, description: Any
         raise Refused("something kept outside the pickle that is no storage")
     _, kind, key, _, numel = description
     dtype = kind.value if isinstance(kind, Global) else None
-    if not isinstance(dtype, np.dtype) or not isinstance(key, str) or type(numel) is not int or numel < 0:
+    named = isinstance(key, str) and len(key) <= _MAX_KEY
+    if not isinstance(dtype, np.dtype) or not named or type(numel) is not int or numel < 0:
         raise Refused("a storage of an unknown form")
     member = members.get(f"{root}data/{key}")
     if member is None:

@@ -1,0 +1,104 @@
+"""Damaged checkpoints, each by its number, read in a process with little memory and an eye on what is run.
+
+python -m tests.deepspeed.fuzzing FOLDER FIRST LAST [CHECKPOINTS]    # tries these numbers; says what went wrong
+"""
+
+import collections
+import os
+import random
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1jax.deepspeed.checkpoint import open_checkpoint
+from r1jax.deepspeed.training_state import Target
+from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
+from r1jax.deepspeed.zero_layout import KINDS
+from tests.deepspeed.damaged_folders import damage_folder, files_of
+from tests.deepspeed.damaged_pickles import damage_pickle
+from tests.deepspeed.damaged_zips import damage_bytes, damage_headers, damage_members
+from tests.deepspeed.limits import Judge
+from tests.deepspeed.replaced_files import clear
+from tests.deepspeed.sources import make_source
+
+LEVELS = (*("pickle",) * 8, *("bytes",) * 2, *("headers",) * 2, *("members",) * 3, *("folder",) * 5)
+"""What is damaged, as often as it is named here."""
+
+# A number takes some hundredths of a second, and what is read of it some kilobytes.
+_SECONDS, _MORE_BYTES = 30, 256 << 20
+
+
+def make_bases(folder: Path) -> list[Path]:
+    """Sound checkpoints of all stages, small; among them some of one stage and size and of different steps."""
+    state, later = make_source(tied=True), make_source(tied=False, adam_step=10, global_step=12)
+    for stage, world_size, dtype in ((1, 1, "fp32"), (2, 2, "fp32"), (2, 3, "bf16"), (3, 1, "bf16"), (3, 3, "fp32")):
+        target = Target(stage=stage, world_size=world_size, dtype=dtype, sub_group_size=20)
+        write_checkpoint(folder / f"z{stage}-ws{world_size}", state, target)
+    for stage, dtype in ((1, "bf16"), (2, "fp32"), (3, "fp32")):
+        target = Target(stage=stage, world_size=2, dtype=dtype, sub_group_size=20)
+        write_checkpoint(folder / f"z{stage}-ws2-later", later, target)
+    write_checkpoint(folder / "universal", state, Target(stage=1, world_size=2, dtype="fp32"), universal=True)
+    arguments = {"train_batch_size": 1, "logging_steps": 1, "save_steps": 1}
+    write_trainer_checkpoint(folder / "trainer", state, Target(stage=2, world_size=1, dtype="bf16"), arguments)
+    return sorted(folder.iterdir())
+
+
+def read_all(folder: Path) -> None:
+    """Opens the checkpoint and reads every number in it."""
+    opened = open_checkpoint(folder)
+    for name in (*opened.parameters, *opened.tied):
+        holder = opened.tied.get(name, name)
+        for kind in ("fp32",) if holder in opened.frozen else KINDS:
+            assert opened.read(name, kind).shape == opened.parameters[holder]
+
+
+def damage(number: int, bases: Sequence[Path], folder: Path, canary: Path) -> tuple[str, str]:
+    """The level and what was done: in the folder stands a copy of one of the checkpoints, damaged.
+
+    What is put there to be run would make the canary.
+    """
+    draw = random.Random(number)
+    base = bases[number % len(bases)]
+    # Links, so that no more is written than is damaged.
+    shutil.copytree(base, folder, copy_function=os.link)
+    level = draw.choice(LEVELS)
+    if level == "folder":
+        return level, f"{base.name}: {damage_folder(draw, folder, bases)}"
+    path = draw.choice([path for path in files_of(folder) if path.suffix == ".pt"])
+    if level == "pickle":
+        what = damage_pickle(draw, path, canary)
+    else:
+        what = {"bytes": damage_bytes, "headers": damage_headers, "members": damage_members}[level](draw, path)
+    return level, f"{base.name}, {path.relative_to(folder)}: {what}"
+
+
+def main(folder: Path, first: int, last: int, *checkpoints: Path) -> int:
+    """Writes a line for each number that went wrong, and how many of each level were refused and read."""
+    bases = sorted(checkpoints) or make_bases(folder / "bases")
+    for base in bases:
+        read_all(base)
+    place, canary = folder / "damaged", folder / "canary"
+    judge = Judge(place, more_bytes=_MORE_BYTES, seconds=_SECONDS)
+    counts: collections.Counter[str] = collections.Counter()
+    failed = 0
+    for number in range(first, last):
+        # All that is left of a process that dies.
+        (folder / "number").write_text(str(number))
+        level, what = damage(number, bases, place, canary)
+        refusal, wrong = judge(lambda: read_all(place))
+        wrong = "the canary is there" if canary.exists() else wrong
+        clear(place)
+        clear(canary)
+        counts[f"{level} {'read' if refusal is None else 'refused'}"] += 1
+        if wrong is not None:
+            failed += 1
+            sys.stdout.write(f"{number} {level} {what} -> {wrong}\n")
+        elif last - first == 1:
+            sys.stdout.write(f"{number} {level} {what} -> {refusal or 'read'}\n")
+    sys.stdout.write("".join(f"{what}: {count}\n" for what, count in sorted(counts.items())))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *map(Path, sys.argv[4:])))
