@@ -19,8 +19,8 @@ from tests.real_deepspeed.launch import Case, Results, run_cases
 
 pytestmark = pytest.mark.deepspeed
 
-# Where the ranks' number or the stage differs, gradients are summed in another order: two units of a loss's last place.
-LOSS_TOLERANCE = 1e-6
+# The reference has two ranks. With four a loss is summed in another order: up to two units of its last place.
+LOSS_TOLERANCE = {1: 5e-7, 2: 5e-7, 4: 1e-6}
 SUB_GROUP = 1000
 
 SameState = Callable[[Results, Results], None]
@@ -61,7 +61,9 @@ def test_float32_goes_on_at_any_stage_and_number_of_ranks(
         wanted[f"universal-{stage}"] = untied.results
     for name, got in run_cases(tmp_path, world_size, cases).items():
         same_state(got, wanted[name])
-        np.testing.assert_allclose(losses(got), losses(wanted[name]), rtol=0, atol=LOSS_TOLERANCE, err_msg=name)
+        np.testing.assert_allclose(
+            losses(got), losses(wanted[name]), rtol=0, atol=LOSS_TOLERANCE[world_size], err_msg=name
+        )
         assert got.facts["groups"] == wanted[name].facts["groups"], name
         assert got.facts["global_steps"] == wanted[name].facts["global_steps"], name
         if (name, world_size) in (("untied-z2", 1), ("tied-z2", 1)):
@@ -97,7 +99,7 @@ def test_losses_show_a_state_that_is_not_whole(float32: dict[str, Reference], tm
     source = dataclasses.replace(reference.source, tensors=tensors)
     case = written(tmp_path / "in", source, Target(stage=2, world_size=1, dtype="fp32"), tied=False)
     difference = np.abs(losses(run_cases(tmp_path, 1, {"lost": case})["lost"]) - losses(reference.results))
-    assert difference[0] < LOSS_TOLERANCE and difference[1:].min() > 1e-3
+    assert difference[0] < LOSS_TOLERANCE[2] and difference[1:].min() > 1e-3
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
