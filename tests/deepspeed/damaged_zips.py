@@ -96,7 +96,7 @@ def damage_members(draw: random.Random, path: Path) -> str:
     else:
         write_members(path, members)
         if change is hide:
-            _point_inside(path, before)
+            point_inside(path, before)
     return f"{change.__name__} {before}"
 
 
@@ -153,13 +153,13 @@ def compress(draw: random.Random, members: Members, place: int) -> None:
 
 
 def hide(draw: random.Random, members: Members, place: int) -> None:
-    """A member lies inside of another one: `_point_inside` makes it so."""
+    """A member is inside of another one a second time, and `point_inside` makes it the first."""
     name, content = members[place]
     header = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, len(content), len(content), len(name.encode()), 0)
     members.append((name.partition("/")[0] + "/data/outer", header + name.encode() + content))
 
 
-def _point_inside(path: Path, name: str) -> None:
+def point_inside(path: Path, name: str) -> None:
     """Lets the list of members say that this one stands where the last member's content begins."""
     data = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as file:

@@ -1,6 +1,7 @@
 """Files made to harm their reader: what comes of them is a line for the user, or the numbers, and nothing else."""
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from r1jax.deepspeed.tensors import FileTensor
 from r1jax.deepspeed.torch_file import load
 from r1jax.deepspeed.training_state import Target
 from r1jax.deepspeed.writer import write_checkpoint
-from tests.deepspeed.damaged_pickles import NUMBERS, call, integer, tensor, text, write_members
+from tests.deepspeed.damaged_pickles import NUMBERS, call, integer, read_members, tensor, text, write_members
+from tests.deepspeed.damaged_zips import hide, point_inside
 from tests.deepspeed.fuzzing import LEVELS
 from tests.deepspeed.limits import run_apart
 from tests.deepspeed.sources import make_source
@@ -128,14 +130,49 @@ def test_a_tensor_outside_of_its_storage_is_refused(tmp_path: Path, changes: dic
 @pytest.mark.parametrize("place", ["numel", "offset", "shape", "strides"])
 def test_no_number_makes_a_tensor_read_outside_of_its_storage(tmp_path: Path, place: str, value: int):
     """What is accepted is read, and is made of the ten numbers alone."""
-    encoded = integer(value) + (ONE if place in ("shape", "strides") else b"")
-    path = file_with(tmp_path / "a.pt", tensor(**{place: encoded}))
+    changes: dict[str, Any] = {place: integer(value) + (ONE if place in ("shape", "strides") else b"")}
+    path = file_with(tmp_path / "a.pt", tensor(**changes))
     try:
         found = load(path)["x"].numpy()
     except UserError as error:
         assert len(str(error).splitlines()) == 1 and str(path) in str(error)
     else:
         assert found.size <= 10 and set(found.tolist()) <= set(TEN.tolist())
+
+
+def test_a_member_inside_of_another_is_refused(tmp_path: Path):
+    path = file_with(tmp_path / "a.pt", tensor())
+    members = read_members(path)
+    place = [name for name, _ in members].index("file/data/0")
+    hide(random.Random(0), members, place)
+    write_members(path, members)
+    np.testing.assert_array_equal(load(path)["x"].numpy(), TEN)
+    point_inside(path, "file/data/0")
+    assert "members that overlap" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"file/data.pkl": None}, "a zip with 0 members data.pkl"),
+        ({"other/data.pkl": b"N."}, "a zip with 2 members data.pkl"),
+        ({"file/byteorder": b"big"}, "a file that a big-endian machine wrote"),
+        ({"file/data/0": TEN.tobytes()[:-1]}, "a storage of 10 elements in 39 bytes"),
+        ({"file/data/0": None}, "a storage '0' that the file does not hold"),
+    ],
+)
+def test_a_zip_without_the_members_of_torchs_is_refused(tmp_path: Path, changes: dict[str, bytes | None], what: str):
+    path = file_with(tmp_path / "a.pt", tensor())
+    members = dict(read_members(path)) | changes
+    write_members(path, [(name, content) for name, content in members.items() if content is not None])
+    assert what in refusal(path)
+
+
+def test_two_members_of_one_name_are_refused(tmp_path: Path):
+    path = file_with(tmp_path / "a.pt", tensor())
+    write_members(path, [*read_members(path), ("file/data/1", b"")])
+    path.write_bytes(path.read_bytes().replace(b"file/data/1", b"file/data/0"))
+    assert "two members 'file/data/0'" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Checkpoints that lack a file, or have one of another save: each is refused with a line that names it."""
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.deepspeed.sources import make_source
 OPTIMIZER, MODEL = "optim_states.pt", "model_states.pt"
 COPY_AGAIN = "copy the whole folder again"
 # Three steps after the state of `make_source`.
-LATER = {"adam_step": 10, "global_step": 12}
+LATER: dict[str, Any] = {"adam_step": 10, "global_step": 12}
 
 
 def written(folder: Path, stage: int, world_size: int, *, universal: bool = False, **changes: Any) -> Path:
@@ -92,8 +93,7 @@ def test_a_rank_of_another_step_is_refused(tmp_path: Path, stage: int):
 
 def test_a_rank_of_another_steps_learning_rate_is_refused(tmp_path: Path):
     """A step is not all that tells two saves apart."""
-    source = make_source(tied=True)
-    groups = tuple(group.__class__(**vars(group) | {"lr": 2e-3}) for group in source.groups)
+    groups = tuple(dataclasses.replace(group, lr=2e-3) for group in make_source(tied=True).groups)
     folder, other = written(tmp_path / "a", 3, 2), written(tmp_path / "b", 3, 2, groups=groups)
     (path,) = mix(folder, other, OPTIMIZER, (1,))
     assert f"{path}, got other groups than in rank 0's" in refusal(folder)
@@ -102,7 +102,7 @@ def test_a_rank_of_another_steps_learning_rate_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("later", [False, True], ids=["model of before", "model of after"])
 @pytest.mark.parametrize(("stage", "universal"), [(1, False), (2, False), (3, False), (2, True)])
 def test_a_model_of_another_step_is_refused(tmp_path: Path, stage: int, universal: bool, later: bool):
-    steps: list[dict[str, int]] = [LATER, {}]
+    steps: list[dict[str, Any]] = [LATER, {}]
     own, others = steps if not later else reversed(steps)
     folder = written(tmp_path / "a", stage, 2, universal=universal, **own)
     other = written(tmp_path / "b", stage, 2, universal=universal, **others)
