@@ -26,16 +26,16 @@ def need(field: str, rule: str, got: str, advice: str) -> UserError:
 
 
 @contextlib.contextmanager
-def renamed(field: str, to: str) -> Generator[None, None, None]:
-    """Within it a UserError about the one field is about the other: what a part calls by its own name, users gave under
+def renamed(field: str, to: str) -> Generator[None]:
+    """Within it an error about the one field is about the other: what a part calls by its own name, users gave under
     another."""
     try:
         yield
-    except UserError as error:
+    except (UserError, RunFailure) as error:
         before, separator, rest = str(error).partition(": ")
         if before != field or not separator:
             raise
-        raise UserError(f"{to}: {rest}") from error
+        raise type(error)(f"{to}: {rest}") from error
 
 
 def require(ok: bool, field: str, rule: str, value: object, advice: str) -> None:

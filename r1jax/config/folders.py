@@ -28,20 +28,22 @@ def check_folder(field: str, name: str | Path) -> None:
         raise need(field, "a folder that may be written into", str(name), advice)
 
 
+_GO_ON = "make room or mend it and start again: the run goes on from its newest whole checkpoint"
+
+
 @contextlib.contextmanager
-def writing(field: str, path: Path) -> Generator[None]:
+def writing(field: str, path: Path, advice: str = _GO_ON) -> Generator[None]:
     """Within it, what the system says against writing the file or folder is a `RunFailure` that names the key."""
     try:
         yield
     except Exception as error:
         if (reason := system_error(error)) is None:
             raise
-        raise write_failure(field, path, reason) from error
+        raise write_failure(field, path, reason, advice) from error
 
 
-def write_failure(field: str, path: Path, reason: str) -> RunFailure:
+def write_failure(field: str, path: Path, reason: str, advice: str = _GO_ON) -> RunFailure:
     """The failure to write that path, in one line."""
-    advice = "make room or mend it and start again: the run goes on from its newest whole checkpoint"
     return RunFailure(f"{field}: need a disk that takes {path}, got an error ({reason}); {advice}")
 
 

@@ -25,7 +25,7 @@ from r1jax.checkpoints import peft
 from r1jax.checkpoints.hf_export import EXPORT_DTYPES
 from r1jax.checkpoints.orbax import locate
 from r1jax.config.errors import need, renamed
-from r1jax.config.folders import check_folder
+from r1jax.config.folders import check_folder, writing
 from r1jax.convert.deepspeed import LAYOUTS, from_one_to_another, to_deepspeed
 from r1jax.convert.model import Model
 from r1jax.convert.report import Report
@@ -55,7 +55,12 @@ def _convert(argv: list[str]) -> int:
     check_folder("DST", args.target)
     _check_target(args, target, is_hf=is_hf, is_run=found is not None, is_deepspeed=is_deepspeed)
     report = Report()
-    with renamed("checkpoint", "SRC"), renamed("output", "DST"), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.callback(report.stop)
+        stack.enter_context(writing("DST", target, "nothing is left there: make room or mend it and convert again"))
+        stack.enter_context(renamed("checkpoint", "SRC"))
+        stack.enter_context(renamed("output", "DST"))
+        stack.enter_context(renamed("output_dir", "DST"))
         if is_deepspeed and args.to == "deepspeed":
             line = from_one_to_another(source, target, args, report)
         else:

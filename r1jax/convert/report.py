@@ -32,7 +32,9 @@ class Report:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        hidden = not console.is_terminal
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden)
         self._task = self._progress.add_task("converting", total=0)
         self._lines: list[tuple[str, str]] = []
         self._bytes, self._began = 0, time.perf_counter()
@@ -113,9 +115,13 @@ class Report:
 
         return load
 
-    def print(self, last: str) -> None:
-        """Ends the bar and prints the summary, with `last` as its last line."""
+    def stop(self) -> None:
+        """Takes the bar away."""
         self._progress.stop()
+
+    def print(self, last: str) -> None:
+        """Prints the summary, with `last` as its last line."""
+        self.stop()
         console = Console(soft_wrap=True, highlight=False)
         for name, text in self._lines:
             console.print(f"{name:<12} {text}", markup=False)

@@ -37,7 +37,7 @@ DECODER = DecoderConfig(
 )  # fmt: skip
 FSDP, DATA_FSDP, FSDP_TENSOR = {"mesh_fsdp": 8}, {"mesh_data": 2, "mesh_fsdp": 4}, {"mesh_fsdp": 4, "mesh_tensor": 2}
 CASES = [(FSDP, 3), (DATA_FSDP, 2), (FSDP_TENSOR, 0)] + [
-    pytest.param(shape, stage, marks=pytest.mark.integration)
+    pytest.param(shape, stage, marks=pytest.mark.slow)
     for shape, stage in [(FSDP, 0), (FSDP, 1), (FSDP, 2), (FSDP_TENSOR, 3)]
 ]
 

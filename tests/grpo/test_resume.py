@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 QUICK = ("off_policy", "selected", "moving_reference", "shaped")
-"""Between them checkpoints of all that the kinds hold; the rest are in the other suite."""
+"""Between them checkpoints of all that the kinds hold; the rest are for the night."""
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,11 @@ def assert_same_end(folder: Path, whole: Path) -> None:
         ("selected", 2),
         ("moving_reference", 3),
         ("shaped", 2),
-        pytest.param("on_policy", 3, marks=pytest.mark.integration),
-        pytest.param("off_policy", 5, marks=pytest.mark.integration),
-        pytest.param("reference", 1, marks=pytest.mark.integration),
-        pytest.param("selected", 3, marks=pytest.mark.integration),
-        pytest.param("moving_reference", 2, marks=pytest.mark.integration),
+        pytest.param("on_policy", 3, marks=pytest.mark.slow),
+        pytest.param("off_policy", 5, marks=pytest.mark.slow),
+        pytest.param("reference", 1, marks=pytest.mark.slow),
+        pytest.param("selected", 3, marks=pytest.mark.slow),
+        pytest.param("moving_reference", 2, marks=pytest.mark.slow),
     ],
 )
 def test_from_a_checkpoint_on(world: Path, whole: Callable[[str], Path], kind: str, step: int) -> None:
@@ -103,7 +103,7 @@ def test_from_a_checkpoint_on(world: Path, whole: Callable[[str], Path], kind: s
     assert_same_end(world / name, whole(kind))
 
 
-@pytest.mark.parametrize("kinds", [QUICK, pytest.param(tuple(KINDS), marks=pytest.mark.integration)], ids=len)
+@pytest.mark.parametrize("kinds", [QUICK, pytest.param(tuple(KINDS), marks=pytest.mark.slow)], ids=len)
 def test_runs_of_the_kinds_differ(whole: Callable[[str], Path], kinds: tuple[str, ...]) -> None:
     """And move: otherwise equality would say little."""
     ends = [load_file(whole(kind) / "model.safetensors")["model.norm.weight"] for kind in kinds]

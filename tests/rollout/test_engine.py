@@ -119,9 +119,9 @@ MESHES = [
     ({"mesh_fsdp": 8}, 3),
     ({"mesh_data": 2, "mesh_fsdp": 2, "mesh_tensor": 2}, 3),
     # Of the same axes.
-    pytest.param({"mesh_fsdp": 8}, 0, marks=pytest.mark.integration),
-    pytest.param({"mesh_data": 2, "mesh_fsdp": 4}, 1, marks=pytest.mark.integration),
-    pytest.param({"mesh_fsdp": 4, "mesh_tensor": 2}, 2, marks=pytest.mark.integration),
+    pytest.param({"mesh_fsdp": 8}, 0, marks=pytest.mark.slow),
+    pytest.param({"mesh_data": 2, "mesh_fsdp": 4}, 1, marks=pytest.mark.slow),
+    pytest.param({"mesh_fsdp": 4, "mesh_tensor": 2}, 2, marks=pytest.mark.slow),
 ]
 
 

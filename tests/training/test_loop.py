@@ -17,6 +17,7 @@ from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config.errors import ResumableFailure, RunFailure
 from r1jax.config.optimizer import OptimizerConfig
 from r1jax.config.run import RunSettings
+from r1jax.models.families import decoder_config
 from r1jax.objectives.sft import nll_metrics
 from r1jax.optimizer import make_schedule
 from r1jax.trackers.jsonl import JsonLines
@@ -28,8 +29,10 @@ from r1jax.training.recorder import Recorder
 from r1jax.training.resume import find_start, restore
 from r1jax.training.state import TrainState, fresh_params, start_state
 from r1jax.training.step import make_train_step
+from tests.tiny import HF_CONFIG
 
 STEPS = 6
+DECODER = decoder_config(HF_CONFIG)
 ORDER = DataOrder(
     split=StepSplit(per_device_train_batch_size=1, data_shards=2, gradient_accumulation_steps=1),
     fingerprint_at=lambda rows: "plan",

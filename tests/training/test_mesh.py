@@ -164,8 +164,8 @@ def test_the_reference_learns(one_device):
         pytest.param(
             *case,
             id=f"{'-'.join(f'{k[5:]}{v}' for k, v in case[0].items())}-zero{case[1]}",
-            # Each shape and each stage in the quick suite; all of them together in the other.
-            marks=() if number % 5 == 0 or number == 7 else pytest.mark.integration,
+            # Each shape and each stage in the quick suite; all of them together at night.
+            marks=() if number % 5 == 0 or number == 7 else pytest.mark.slow,
         )
         for number, case in enumerate(CASES)
     ],

@@ -92,7 +92,10 @@ def test_a_path_names_a_run_or_one_of_its_checkpoints(tmp_path, state):
         assert start is not None and start.step == 2 and start.checkpoints is not own
     assert start_of(other) == 4
     for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(UserError, match=r"^resume_from_checkpoint: need a run or one of its checkpoints, got "):
+        with pytest.raises(
+            UserError,
+            match=r"^resume_from_checkpoint: need a run, one of its checkpoints or a DeepSpeed checkpoint, got ",
+        ):
             start_of(own_folder, str(path))
 
 
