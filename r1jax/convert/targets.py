@@ -1,5 +1,8 @@
 """Where a conversion ends, except at DeepSpeed: a Hugging Face model, a run's checkpoint or an adapter."""
 
+import contextlib
+import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 from r1jax.checkpoints.generation import read_generation_config
@@ -17,13 +20,26 @@ def to_orbax(target: Path, model: Model) -> str:
     step = model.metadata.get("step", 0)
     name = str(model.files.absolute()) if model.files else None
     metadata = {"hf_config": model.hf_config, "model_name_or_path": name, **model.metadata}
-    checkpoints = Checkpoints(target / FOLDER, model_files=tokenizer.content() if tokenizer else None)
-    checkpoints.save(step, dict(model.state), metadata)
-    checkpoints.close()
+    with _whole_or_absent(target / FOLDER):
+        files = tokenizer.content() if tokenizer else None
+        with contextlib.closing(Checkpoints(target / FOLDER, model_files=files)) as checkpoints:
+            checkpoints.save(step, dict(model.state), metadata)
     held = (
         "float32 parameters, Adam's moments" if "optimizer" in model.state else "float32 parameters, no optimizer state"
     )
     return f"{target / FOLDER / str(step)} ({held})"
+
+
+@contextlib.contextmanager
+def _whole_or_absent(folder: Path) -> Generator[None]:
+    """Within it the folder is filled; it goes again where that fails."""
+    was_there, done = folder.exists(), False
+    try:
+        yield
+        done = True
+    finally:
+        if not (was_there or done):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def to_hf(target: Path, model: Model, dtype: str | None) -> str:
