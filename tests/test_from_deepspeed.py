@@ -14,6 +14,7 @@ from r1jax import train
 from r1jax.deepspeed.training_state import Target
 from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
 from tests import torch_run
+from tests.processes import succeed
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch_run.TorchRun
         yield torch_run.train(folder)
 
 
-def go_on(run: torch_run.TorchRun, folder: Path, checkpoint: Path | None, **keys: Any) -> list[dict[str, Any]]:
-    """The metrics of a run in the folder that goes on from there; its own settings are not those of torch's run."""
-    recipe = {
+def recipe(run: torch_run.TorchRun, folder: Path, checkpoint: Path | None, **keys: Any) -> Path:
+    """The config file of a run in the folder that goes on from there; its settings are not those of torch's run."""
+    content = {
         "model_name_or_path": str(run.model), "dataset_train_file": str(run.rows), "output_dir": str(folder),
         "max_length": torch_run.LENGTH, "packing": False, "per_device_train_batch_size": 1, "max_steps": 6,
         "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": torch_run.WARMUP, "max_grad_norm": 1.0,
@@ -34,9 +35,18 @@ def go_on(run: torch_run.TorchRun, folder: Path, checkpoint: Path | None, **keys
         "resume_from_checkpoint": str(checkpoint) if checkpoint else None, **keys,
     }  # fmt: skip
     file = folder.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(recipe))
-    assert train.main(["--config", str(file)]) == 0
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def go_on(run: torch_run.TorchRun, folder: Path, checkpoint: Path | None, **keys: Any) -> list[dict[str, Any]]:
+    """The metrics of that run."""
+    assert train.main(["--config", str(recipe(run, folder, checkpoint, **keys))]) == 0
+    return logged(folder)
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(2, 2), (3, 3)])
@@ -64,3 +74,12 @@ def test_its_own_checkpoints_hand_the_settings_on(run: torch_run.TorchRun, tmp_p
     halves = go_on(run, tmp_path / "whole", tmp_path / "whole" / "checkpoints" / "4")
     key = ("loss", "learning_rate", "grad_norm")
     assert [[line.get(k) for k in key] for line in halves] == [[line.get(k) for k in key] for line in whole]
+
+
+@pytest.mark.integration
+def test_two_processes_read_what_each_has_of_it(run: torch_run.TorchRun, tmp_path: Path):
+    target = Target(stage=3, world_size=3, dtype="fp32")
+    given = write_trainer_checkpoint(tmp_path / "trainer", run.state, target, torch_run.TRAINER_STATE)
+    succeed(2, 4, recipe(run, tmp_path / "out", given))
+    losses = [line["loss"] for line in logged(tmp_path / "out") if "loss" in line]
+    np.testing.assert_allclose(losses, run.losses, rtol=0, atol=1e-5)
