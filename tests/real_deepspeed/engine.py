@@ -62,17 +62,21 @@ def make_engine(case: dict[str, Any], seed: int) -> Any:
     model = make_model(tied=case["tied"], seed=seed)
     if case["dtype"] == "bf16":
         model = model.bfloat16()
-    named = list(model.named_parameters())
+    for name in case.get("frozen", ()):
+        model.get_parameter(name).requires_grad_(False)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in named if (p.ndim > 1) == decayed], "weight_decay": 0.1 if decayed else 0.0}
         for decayed in (True, False)
     ]
     zero = {"stage": case["stage"]} | ({"sub_group_size": case["sub_group_size"]} if "sub_group_size" in case else {})
+    zero |= case.get("zero", {})
     config = SETTINGS | {
         "zero_optimization": zero,
         "bf16": {"enabled": case["dtype"] == "bf16"},
         "scheduler": SCHEDULER,
         "checkpoint": {"load_universal": bool(case.get("universal"))},
+        **case.get("settings", {}),
     }
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -104,6 +108,9 @@ def state_of(engine: Any) -> dict[str, np.ndarray]:
         optimizer._lazy_init_hp_params_optimizer_state()
     found = {}
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            found[f"fp32/{name}"] = _whole(parameter)
+            continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         for kind in ("fp32", "exp_avg", "exp_avg_sq"):
             whole = (
@@ -113,6 +120,14 @@ def state_of(engine: Any) -> dict[str, np.ndarray]:
             )
             found[f"{kind}/{name}"] = whole.detach().float().numpy().reshape(shape).copy()
     return found
+
+
+def _whole(parameter: torch.nn.Parameter) -> np.ndarray:
+    """A frozen parameter, which stage 3 keeps in parts."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().float().numpy().copy()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().float().numpy().copy()
 
 
 def groups_of(engine: Any) -> list[dict[str, Any]]:
