@@ -92,7 +92,8 @@ class Report:
             self.say("carried", "weights")
             self.say("not carried", ", ".join(("moments, steps, settings, schedule", *model.left_behind)))
             return
-        self._run(groups_of(saved), saved.global_steps, saved.step, saved.skipped_steps)
+        has_settings = all(group.settings for group in saved.groups)
+        self._run(groups_of(saved) if has_settings else (), saved.global_steps, saved.step, saved.skipped_steps)
         self.say("not carried", ", ".join(("order of data", *model.left_behind)))
 
     def _size(self, shapes: Collection[tuple[int, ...]], kinds: int) -> None:

@@ -85,6 +85,8 @@ class _Copy:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, dict):
+            if not all(isinstance(key, str | int | float | None) for key in value):
+                raise Refused(f"{self.what} with keys that are neither text nor numbers")
             return {key: self.of(member, depth + 1) for key, member in value.items()}
         if isinstance(value, list | tuple):
             members = [self.of(member, depth + 1) for member in value]

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.config import RunConfig
-from r1jax.config.errors import UserError, need, shown
+from r1jax.config.errors import UserError, need, renamed, shown
 from r1jax.config.optimizer import DEEPSPEED_SCHEDULES, OptimizerConfig
+from r1jax.deepspeed.checkpoint_state import groups_of
 from r1jax.deepspeed.saved import Saved
+from r1jax.deepspeed.training_state import ParamGroup
 from r1jax.optimizer import make_schedule
 from r1jax.training.deepspeed import STATE_ONLY, saved_in
 
@@ -28,6 +30,8 @@ _SMALL = (".bias", "norm.weight")
 _RATE_TOLERANCE = 1e-5
 _FEWEST_WARMUP_STEPS, _WARMUP_STEPS = 2, 1000
 """What DeepSpeed's schedules take for fewer, and for none given."""
+_LARGEST = 1e15
+_FIELD = "resume_from_checkpoint"
 
 
 def carry_over(config: RunConfig, metadata: Mapping[str, Any]) -> RunConfig:
@@ -50,17 +54,21 @@ def carry_over(config: RunConfig, metadata: Mapping[str, Any]) -> RunConfig:
 
 
 def settings_of(saved: Saved) -> dict[str, Any]:
-    """The fields of OptimizerConfig that the checkpoint says, with their values; {} for an elastic one."""
-    groups = [group.settings for group in saved.groups if group.settings]
-    if not groups:
+    """The fields of OptimizerConfig that the checkpoint says, with their values; {} for an elastic one.
+
+    Raises `UserError` where the groups are not AdamW's, or not to be had here.
+    """
+    if not all(group.settings for group in saved.groups):
         return {}
-    betas = _one("betas", [tuple(settings["betas"]) for settings in groups])
-    decays = {settings["weight_decay"] for settings in groups} - {0.0}
+    with renamed("checkpoint", _FIELD):
+        groups = groups_of(saved)
+    betas = _one("betas", [group.betas for group in groups])
+    decays = sorted({group.weight_decay for group in groups} - {0.0})
     found: dict[str, Any] = {
-        "adam_beta1": float(betas[0]),
-        "adam_beta2": float(betas[1]),
-        "adam_epsilon": float(_one("eps", [settings["eps"] for settings in groups])),
-        "weight_decay": float(_one("weight_decay", sorted(decays))) if decays else 0.0,
+        "adam_beta1": betas[0],
+        "adam_beta2": betas[1],
+        "adam_epsilon": _one("eps", [group.eps for group in groups]),
+        "weight_decay": _one("weight_decay", decays) if decays else 0.0,
         **_schedule(saved),
     }
     peak = _peak(saved, groups)
@@ -77,7 +85,7 @@ def _one(name: str, values: Sequence[Any]) -> Any:
 def _several(name: str, values: Sequence[Any]) -> UserError:
     rule = f"one {name} for all parameter groups that have any"
     advice = "take the weights alone (python -m r1jax.convert CHECKPOINT DIR --to hf) and begin a new run"
-    return need("resume_from_checkpoint", rule, shown(list(values)), advice)
+    return need(_FIELD, rule, shown(list(values)), advice)
 
 
 def _engines_schedule(saved: Saved) -> tuple[str | None, Mapping[str, Any]]:
@@ -89,17 +97,19 @@ def _engines_schedule(saved: Saved) -> tuple[str | None, Mapping[str, Any]]:
     return scheduler.get("type"), scheduler["params"]
 
 
-def _peak(saved: Saved, groups: Sequence[Mapping[str, Any]]) -> float | None:
+def _peak(saved: Saved, groups: Sequence[ParamGroup]) -> float | None:
     """The highest learning rate of the schedule; None where nothing tells it."""
-    if "initial_lr" in groups[0]:
-        return float(_one("learning_rate", [settings["initial_lr"] for settings in groups]))
-    kept = saved.scheduler.state if saved.scheduler else {}
-    if kept.get("base_lrs"):
-        return float(_one("learning_rate", kept["base_lrs"]))
+    if groups[0].initial_lr is not None:
+        return _one("learning_rate", [group.initial_lr for group in groups])
+    if saved.scheduler is None:
+        return _one("learning_rate", [group.lr for group in groups])
+    bases = saved.scheduler.state.get("base_lrs")
+    if isinstance(bases, list | tuple) and bases and all(map(_is_number, bases)):
+        return float(_one("learning_rate", list(bases)))
     kind, params = _engines_schedule(saved)
     if kind in DEEPSPEED_SCHEDULES and _is_number(params.get("warmup_max_lr")):
         return float(params["warmup_max_lr"])
-    return None if saved.scheduler else float(_one("learning_rate", [settings["lr"] for settings in groups]))
+    return None
 
 
 def _schedule(saved: Saved) -> dict[str, Any]:
@@ -116,7 +126,8 @@ def _schedule(saved: Saved) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    """Whether it is one that a step or a rate can be."""
+    return type(value) in (int, float) and abs(value) < _LARGEST
 
 
 def _differences(saved: Saved, found: Mapping[str, Any]) -> list[str]:
@@ -149,7 +160,7 @@ def check_rate(optim: OptimizerConfig, metadata: Mapping[str, Any], num_steps: i
     saved = saved_in(metadata) if metadata.get(STATE_ONLY) else None
     if saved is None or jax.process_index() != 0:
         return
-    theirs = next((float(group.settings["lr"]) for group in saved.groups if "lr" in group.settings), None)
+    theirs = next((group.settings["lr"] for group in saved.groups if _is_number(group.settings.get("lr"))), None)
     ours = float(make_schedule(optim, num_steps)(jnp.int32(saved.step)))
     if theirs is None or abs(ours - theirs) <= _RATE_TOLERANCE * max(ours, theirs):
         return

@@ -4,6 +4,8 @@ python -m tests.deepspeed.fuzzing FOLDER FIRST LAST [CHECKPOINTS]    # tries the
 """
 
 import collections
+import contextlib
+import json
 import os
 import random
 import shutil
@@ -11,7 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from r1jax.config.errors import UserError
 from r1jax.deepspeed.checkpoint import open_checkpoint
+from r1jax.deepspeed.checkpoint_state import groups_of, state_of, target_of
+from r1jax.deepspeed.saved import from_json
 from r1jax.deepspeed.training_state import Target
 from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
 from r1jax.deepspeed.zero_layout import KINDS
@@ -51,6 +56,11 @@ def read_all(folder: Path) -> None:
         holder = opened.tied.get(name, name)
         for kind in ("fp32",) if holder in opened.frozen else KINDS:
             assert opened.read(name, kind).shape == opened.parameters[holder]
+    # What a run that goes on from it would keep, and what would be written again.
+    saved = from_json(json.loads(json.dumps(opened.as_json())))
+    for make in (lambda: groups_of(saved), lambda: state_of(opened), lambda: target_of(saved)):
+        with contextlib.suppress(UserError):
+            make()
 
 
 def damage(number: int, bases: Sequence[Path], folder: Path, canary: Path) -> tuple[str, str]:

@@ -17,9 +17,11 @@ from r1jax.checkpoints.orbax import FOLDER, Checkpoints
 from r1jax.config import RunConfig, resolve
 from r1jax.config.errors import UserError
 from r1jax.config.mesh import MeshConfig
+from r1jax.config.optimizer import OptimizerConfig
 from r1jax.data.batches import build_batch
 from r1jax.data.packing import make_plan
 from r1jax.data.tokenized import TokenizedRows
+from r1jax.deepspeed.saved import ParameterGroup, Saved, Scheduler, from_json
 from r1jax.models.execution import Execution
 from r1jax.models.families import decoder_config
 from r1jax.models.hf_tensors import hf_tensors
@@ -28,7 +30,7 @@ from r1jax.objectives.sft import make_nll
 from r1jax.optimizer import make_schedule
 from r1jax.sharding.constraints import make_constrain
 from r1jax.sharding.mesh import make_mesh
-from r1jax.training.carried import carry_over, check_rate
+from r1jax.training.carried import carry_over, check_rate, settings_of
 from r1jax.training.deepspeed import DEEPSPEED, PLACES
 from r1jax.training.order import data_order
 from r1jax.training.resume import Start, find_start, restore
@@ -218,3 +220,76 @@ def test_a_folder_with_nothing_to_go_on_from(tmp_path: Path, decoder: Any):
     )
     with pytest.raises(UserError, match=line):
         start_of(recipe(tmp_path / "out", tmp_path), decoder)
+
+
+def saved_with(**changes: Any) -> Saved:
+    """A run that saved two groups with the Trainer's settings, with changes."""
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "initial_lr": 2e-3}
+    groups = (
+        ParameterGroup(settings, ("model.embed_tokens.weight",)),
+        ParameterGroup(settings | {"weight_decay": 0.0}, ("model.norm.weight",)),
+    )
+    fields = {
+        "folder": Path("there"), "stage": 2, "world_size": 2, "universal": False, "dtype": "float32", "frozen": (),
+        "tied": {}, "groups": groups, "step": 3, "global_steps": 3, "skipped_steps": 0, "scheduler": None,
+        "trainer_state": None, "ds_config": {},
+    }  # fmt: skip
+    return Saved(**(fields | changes))
+
+
+def test_settings_come_through_json_as_they_were():
+    saved = saved_with(scheduler=Scheduler("scheduler.pt", {"base_lrs": [2e-3, 2e-3]}))
+    again = from_json(json.loads(json.dumps(saved.as_json())))
+    assert settings_of(again) == settings_of(saved)
+    assert settings_of(saved) == {
+        "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8, "weight_decay": 0.1, "learning_rate": 2e-3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"betas": (0.9, 0.99)}, "need one betas for all parameter groups"),
+        ({"weight_decay": 0.2}, "need one weight_decay for all parameter groups"),
+        ({"initial_lr": 1e-4}, "need one learning_rate for all parameter groups"),
+        ({"amsgrad": True}, "amsgrad"),
+        ({"betas": 3}, "betas"),
+        ({"lr": "fast"}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+    ],
+)
+def test_groups_that_cannot_be_had_here_are_refused(change: dict[str, Any], line: str):
+    first, second = saved_with().groups
+    saved = saved_with(groups=(first, ParameterGroup(second.settings | change, second.names)))
+    with pytest.raises(UserError, match=rf"^resume_from_checkpoint: .*{line}"):
+        settings_of(saved)
+
+
+def test_an_elastic_checkpoint_leaves_the_recipes_settings():
+    groups = tuple(ParameterGroup({}, group.names) for group in saved_with().groups)
+    assert settings_of(saved_with(groups=groups)) == {}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 10**400, "many", None])
+def test_a_schedule_of_strange_numbers_is_read_as_if_they_were_not_there(number: Any):
+    params = {"warmup_min_lr": number, "warmup_max_lr": number, "warmup_num_steps": number, "total_num_steps": number}
+    first, second = saved_with().groups
+    plain = {name: value for name, value in first.settings.items() if name != "initial_lr"}
+    saved = saved_with(
+        groups=(ParameterGroup(plain, first.names), ParameterGroup(plain, second.names)),
+        scheduler=Scheduler("model_states", {"last_batch_iteration": 2}),
+        ds_config={"scheduler": {"type": "WarmupDecayLR", "params": params}},
+    )
+    found = settings_of(saved)
+    assert (found["lr_scheduler_kwargs"], found["warmup_steps"]) == ({"warmup_min_lr": 0.0}, 1000)
+    assert "learning_rate" not in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"), [("WarmupLR", (2, 2, 6, 10, 10, 10)), ("WarmupDecayLR", (2, 2, 6, 10, 8, 6))]
+)
+def test_deepspeeds_schedules_by_hand(kind: str, rates: tuple[int, ...]):
+    """From 2 to 10 in two steps, each a step behind; then down to 2 in four, of which two are seen."""
+    kwargs = {"warmup_min_lr": 2.0} | ({"total_num_steps": 6} if kind == "WarmupDecayLR" else {})
+    optim = OptimizerConfig(learning_rate=10.0, lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs, warmup_steps=2)
+    assert [float(make_schedule(optim, 100)(jax.numpy.int32(count))) for count in range(6)] == list(map(float, rates))
