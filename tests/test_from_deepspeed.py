@@ -9,8 +9,9 @@ import datasets.config
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
-from r1jax import train
+from r1jax import convert, train
 from r1jax.deepspeed.training_state import Target
 from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
 from tests import torch_run
@@ -74,6 +75,22 @@ def test_its_own_checkpoints_hand_the_settings_on(run: torch_run.TorchRun, tmp_p
     halves = go_on(run, tmp_path / "whole", tmp_path / "whole" / "checkpoints" / "4")
     key = ("loss", "learning_rate", "grad_norm")
     assert [[line.get(k) for k in key] for line in halves] == [[line.get(k) for k in key] for line in whole]
+
+
+def test_a_run_of_ours_goes_through_deepspeeds_files_without_losing_a_bit(run: torch_run.TorchRun, tmp_path: Path):
+    keys = {"learning_rate": 3e-3, "random_init": True, "seed": 3}
+    whole = go_on(run, tmp_path / "whole", None, **keys)
+    saved, to = (
+        tmp_path / "whole" / "checkpoints" / "4",
+        ["--to", "deepspeed", "--zero_stage", "3", "--world_size", "3"],
+    )
+    assert convert.main([str(saved), str(tmp_path / "deepspeed"), *to]) == 0
+    lines = go_on(run, tmp_path / "on", tmp_path / "deepspeed", **keys)
+    assert [(line["step"], line["loss"]) for line in lines if "loss" in line] == [
+        (line["step"], line["loss"]) for line in whole if "loss" in line and line["step"] > 4
+    ]
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("on", "whole"))
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
 
 
 @pytest.mark.integration
