@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.deepspeed.damaged_pickles import Members, read_members, write_members
+from tests.deepspeed.pickled import Members, read_members, write_members
 from tests.deepspeed.replaced_files import replace
 
 # Where the numbers of a header stand, by its signature: offset and width.

@@ -11,8 +11,8 @@ from r1jax.deepspeed.folders import CheckpointFiles
 from r1jax.deepspeed.model_states import read_model_states
 from r1jax.deepspeed.optimizer_states import read_rank
 from r1jax.deepspeed.pickles import MAX_STEPS
-from tests.deepspeed.damaged_pickles import call, integer, text, write_members
 from tests.deepspeed.limits import Judge
+from tests.deepspeed.pickled import call, integer, text, write_members
 
 # As much as a pickle may take by what pickles.py says of itself, and somewhat more.
 _MORE_BYTES = 640 << 20

@@ -14,10 +14,11 @@ from r1jax.deepspeed.tensors import FileTensor
 from r1jax.deepspeed.torch_file import load
 from r1jax.deepspeed.training_state import Target
 from r1jax.deepspeed.writer import write_checkpoint
-from tests.deepspeed.damaged_pickles import NUMBERS, call, integer, read_members, tensor, text, write_members
+from tests.deepspeed.damaged_pickles import NUMBERS
 from tests.deepspeed.damaged_zips import hide, point_inside
 from tests.deepspeed.fuzzing import LEVELS
 from tests.deepspeed.limits import run_apart
+from tests.deepspeed.pickled import call, integer, read_members, tensor, text, write_members
 from tests.deepspeed.sources import make_source
 
 NUM_DAMAGED, NUM_A_PROCESS = 2000, 500

@@ -32,7 +32,7 @@ def check_trained(opened: ZeroCheckpoint, layout: Layout) -> None:
     assert (opened.stage, opened.world_size, opened.step) == (layout.stage, layout.world_size, STEP)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[f"z{layout.stage}-ws{layout.world_size}" for layout in LAYOUTS])
 def test_the_plain_layout_of_the_same_making_is_read(tmp_path: Path, layout: Layout):
     for rank in range(layout.world_size if layout.stage == 3 else 1):
         save_model(tmp_path, layout, trained(layout), rank=rank)
@@ -49,7 +49,7 @@ def frozen_parts(layout: Layout, name: str) -> list[torch.Tensor]:
     return [shard.clone() for shard in shards] if layout.stage == 3 else [whole]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[f"z{layout.stage}-ws{layout.world_size}" for layout in LAYOUTS])
 def test_frozen_parameters_are_read_from_where_their_stage_has_them(tmp_path: Path, layout: Layout):
     """Stage 1 has them in the module alone, among the buffers; 2 whole beside it; 3 a shard in each rank's file."""
     frozen = (EMBEDDING, "model.norm.weight")
