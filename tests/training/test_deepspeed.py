@@ -288,7 +288,7 @@ def test_a_schedule_of_strange_numbers_is_read_as_if_they_were_not_there(number:
 @pytest.mark.parametrize(
     ("kind", "rates"), [("WarmupLR", (2, 2, 6, 10, 10, 10)), ("WarmupDecayLR", (2, 2, 6, 10, 8, 6))]
 )
-def test_deepspeeds_schedules_by_hand(kind: str, rates: tuple[int, ...]):
+def test_deepspeeds_schedules_by_hand(kind: Any, rates: tuple[int, ...]):
     """From 2 to 10 in two steps, each a step behind; then down to 2 in four, of which two are seen."""
     kwargs = {"warmup_min_lr": 2.0} | ({"total_num_steps": 6} if kind == "WarmupDecayLR" else {})
     optim = OptimizerConfig(learning_rate=10.0, lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs, warmup_steps=2)
