@@ -63,7 +63,7 @@ class Report:
             self.expect(_num_bytes(leaf))
             return dataclasses.replace(leaf, load=self._counting(leaf))
 
-        return dataclasses.replace(model, state=jax.tree.map(count, dict(model.state), is_leaf=_is_lazy))
+        return dataclasses.replace(model, state=jax.tree.map(count, dict(model.state)))
 
     def counted_state(self, state: TrainingState) -> TrainingState:
         """The state, whose tensors are counted as they are read."""
@@ -146,10 +146,6 @@ def _describe(group: ParamGroup) -> str:
     values = [("lr", group.lr), ("weight_decay", group.weight_decay), ("eps", group.eps)]
     words = ", ".join(f"{name} {value:.6g}" for name, value in values)
     return f"{len(group.names)} parameters: {words}, betas {group.betas[0]:.6g} and {group.betas[1]:.6g}"
-
-
-def _is_lazy(leaf: Any) -> bool:
-    return isinstance(leaf, LazyArray)
 
 
 def _num_bytes(leaf: LazyArray) -> int:
