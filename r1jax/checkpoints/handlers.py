@@ -5,6 +5,7 @@ those that did write wait for the one that could not, twenty minutes by default.
 """
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,12 @@ class _Unheard:
             self._otherwise(unraisable)
 
 
+def _is_heard(record: logging.LogRecord) -> bool:
+    """Whether asyncio's record is not about a task whose error nobody asks for: the writes beside the one that failed
+    are such, and would print a traceback each."""
+    return "exception was never retrieved" not in record.getMessage()
+
+
 class Failure:
     """What went wrong first behind a save, None so far."""
 
@@ -42,6 +49,7 @@ class Failure:
             yield
         except Exception as error:
             self.error = self.error or error
+            logging.getLogger("asyncio").addFilter(_is_heard)
             raise
 
 

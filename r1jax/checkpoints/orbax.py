@@ -121,7 +121,11 @@ class Checkpoints:
             create=False,  # a run that is refused leaves nothing behind: `save` makes the folder
             todelete_subdir=None if read_only else _DELETED,
             read_only=read_only,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            # Folders are made before `save` returns: one that cannot be made would not be told until the next save, and
+            # threads that wait for it would keep the process for five minutes after its end.
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._seal, create_directories_asynchronously=False
+            ),
         )
         self._failure = Failure()
         handlers = registry(self._failure)

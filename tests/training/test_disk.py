@@ -3,6 +3,12 @@
 Whole runs, and disks that are slow, are in test_faulty_runs.py.
 """
 
+import asyncio
+import errno
+import gc
+import logging
+import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r1jax.checkpoints.handlers import Failure
 from r1jax.checkpoints.orbax import Checkpoints
 from r1jax.config import resolve
 from r1jax.config.errors import RunFailure, UserError
@@ -69,6 +76,50 @@ def test_a_checkpoint_that_has_no_room_is_told_and_never_counts(disk: Path):
     again.save(2, state(2), {"n": 2})
     again.close()
     assert sorted(path.name for path in (disk / "checkpoints").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("folder", ["2.orbax-checkpoint-tmp", "state", "metadata"])
+def test_a_folder_of_a_checkpoint_that_cannot_be_made_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+):
+    """And no thread waits for it, which would keep the process after its end."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state(1), {})
+    checkpoints.wait()
+    threads, mkdir = set(threading.enumerate()), os.mkdir
+
+    def refused(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        if Path(path).name.startswith(folder):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    text = one_line(lambda: checkpoints.save(2, state(2), {}))
+    assert f"takes {tmp_path}/checkpoints/2, got an error (Read-only file system)" in text
+    checkpoints.close()
+    # Those of a pool, which are plain threads, end with the process.
+    assert all(type(one) is threading.Thread for one in set(threading.enumerate()) - threads)
+    assert Checkpoints(tmp_path / "checkpoints").newest_whole() == (1, [])
+
+
+def test_errors_of_the_writes_beside_the_one_that_failed_are_not_printed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """asyncio prints a traceback for each task whose error nobody asks for, behind the one line."""
+
+    async def forgotten() -> None:
+        asyncio.get_running_loop().create_future().set_exception(OSError("no room"))
+
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+    asyncio.run(forgotten())
+    gc.collect()
+    assert "exception was never retrieved" in caplog.text
+    caplog.clear()
+    with pytest.raises(OSError), Failure().noted():
+        raise OSError("no room")
+    asyncio.run(forgotten())
+    gc.collect()
+    assert not caplog.records
 
 
 def test_metrics(disk: Path):
