@@ -12,6 +12,7 @@ from rich.table import Table
 
 from r1jax.batch import Layout
 from r1jax.config.lora import LoraConfig
+from r1jax.models.attention.backends import Backend
 from r1jax.models.attention.blocks import QUERY_BLOCK
 from r1jax.models.config import DecoderConfig
 from r1jax.models.lora import abstract_adapter, join, with_scale
@@ -44,6 +45,8 @@ class Workload:
     """Devices that share each layer's matrices (mesh_tensor)."""
     optim: str = "adamw_torch"
     """As configured."""
+    attention: Backend = "xla"
+    """Whose attention it is: only plain XLA's has scores in memory."""
     samples: bool = False
     """Whether the device also samples completions (GRPO)."""
 
@@ -148,9 +151,10 @@ def activation_bytes(config: DecoderConfig, workload: Workload, lora: LoraConfig
     """What the backward pass reads of the forward pass, and its working set in one layer.
 
     With c bytes a compute element: residuals of L layers under the remat policy, those of one layer without a policy
-    (the recomputed layer), 3 c B T F / t (the MLP's gradients) and about 2 B N T T / t (the causal half of the scores
-    in float32, recomputed in the backward pass). In float32 on CPU this is 0.87 to 1.20 of what XLA says for the
-    greedier of its two schedules; the default one may need less (0.7 of the estimate in jax 0.12).
+    (the recomputed layer), 3 c B T F / t (the MLP's gradients) and, where the attention is no kernel, about
+    2 B N T T / t (the causal half of the scores in float32, recomputed in the backward pass). In float32 on CPU this is
+    0.87 to 1.20 of what XLA says for the greedier of its two schedules; the default one may need less (0.7 of the
+    estimate in jax 0.12).
     """
     shards = workload.tensor_shards
     local = dataclasses.replace(
@@ -163,7 +167,8 @@ def activation_bytes(config: DecoderConfig, workload: Workload, lora: LoraConfig
     tokens = workload.rows * workload.row_length
     gradients = 3 * jnp.dtype(workload.compute_dtype).itemsize * tokens * local.intermediate_size
     scores = 2 * tokens * local.num_heads * (workload.row_length + min(workload.row_length, QUERY_BLOCK))
-    return _residual_bytes(local, workload, workload.remat, lora) + two - one + gradients + scores
+    kept = _residual_bytes(local, workload, workload.remat, lora)
+    return kept + two - one + gradients + (scores if workload.attention == "xla" else 0)
 
 
 def _residual_bytes(config: DecoderConfig, workload: Workload, remat: RematPolicy, lora: LoraConfig | None) -> int:

@@ -98,6 +98,14 @@ def test_sharded_weights_are_gathered_a_layer_at_a_time(mesh):
     assert sharded.compute_copies == 8 * (LAYER + 256 * 64)
 
 
+@pytest.mark.parametrize("backend", ["cudnn", "pallas", "splash"])
+def test_kernels_have_no_scores_in_memory(backend):
+    with_scores, without = (
+        footprint.activation_bytes(CONFIG, dataclasses.replace(WORK, attention=name)) for name in ("xla", backend)
+    )
+    assert with_scores - without == 2 * 4 * 128 * 4 * (128 + 128)
+
+
 def temporary_bytes(lowered: jax.stages.Lowered, order: str) -> int:
     options: dict[str, str | bool] = {"xla_cpu_scheduler_type": f"CPU_SCHEDULER_TYPE_{order}_OPTIMIZED"}
     analysis = lowered.compile(compiler_options=options).memory_analysis()

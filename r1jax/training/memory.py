@@ -15,7 +15,7 @@ from r1jax.models.parameters import abstract_params
 from r1jax.objectives.vocabulary import tiles_of
 from r1jax.sharding.mesh import data_shards
 from r1jax.sharding.rules import shardings
-from r1jax.training.execution import remat_of
+from r1jax.training.execution import backend_of, remat_of
 from r1jax.training.state import StateLayout
 
 
@@ -47,6 +47,7 @@ def estimate_memory(
         state_shards=data_shards(layout.mesh),
         tensor_shards=layout.mesh.shape["tensor"],
         optim=config.optimizer.optim,
+        attention=backend_of(config, decoder, layout),
     )
     places = layout.shardings
     width = jnp.dtype(config.model.compute_dtype).itemsize
