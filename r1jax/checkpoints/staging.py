@@ -34,16 +34,19 @@ def staged(directory: Path, config_file: str) -> Iterator[tuple[Path, bool]]:
     """(a folder to write files into, whether this process is the one that writes); at the end they are in `directory`.
 
     config_file goes last, so a folder whose files are being moved is no model. Every process of a run must enter; all
-    return when it is done.
+    return when it is done. Where writing fails the files go: they may be what has filled the disk.
     """
     writes, staging = jax.process_index() == 0, directory / _STAGING
-    if writes:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    yield staging, writes
-    if writes:
-        _sync_files(staging)
-        _replace(directory, staging, config_file)
+    with contextlib.ExitStack() as stack:
+        if writes:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            # At the end of what succeeds there is no such folder any more.
+            stack.callback(shutil.rmtree, staging, ignore_errors=True)
+        yield staging, writes
+        if writes:
+            _sync_files(staging)
+            _replace(directory, staging, config_file)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("r1jax-export")
 

@@ -6,7 +6,8 @@
 
 SRC is a Hugging Face directory or hub id, a run's output_dir, its checkpoints/ or one checkpoints/STEP, or a DeepSpeed
 checkpoint: the folder that save_checkpoint got, one tag in it, or a Trainer's output_dir or checkpoint-N. A directory
-that is both a model and checkpoints, as a finished run's is, counts as what DST is not. To orbax, DST/checkpoints/STEP
+that is both a model and checkpoints, as a finished run's is, counts as what DST is not; one with a run's checkpoints
+and DeepSpeed's counts as the run, except to orbax. To orbax, DST/checkpoints/STEP
 holds what a run would save; to hf, DST holds what a run exports; to deepspeed, DST holds a checkpoint that an engine of
 that stage and world size loads. An adapter (LoRA) is merged into its model, which its folder or its run names
 (--model_name_or_path where that is elsewhere now); to peft, DST holds the adapter of a run's checkpoint. Runs on the
@@ -16,6 +17,7 @@ CPU in one process, and a training state passes through memory parameter by para
 import argparse
 import contextlib
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -44,11 +46,13 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     source, target = Path(args.source), Path(args.target)
-    is_deepspeed = names_deepspeed(source)
+    found = locate(source)
+    # As in resume_from_checkpoint, a run's own come before those that it went on from.
+    is_deepspeed = names_deepspeed(source) and (found is None or args.to == "orbax")
     is_hf = (
         not is_deepspeed and source.is_dir() and any((source / n).is_file() for n in ("config.json", peft.CONFIG_FILE))
     )
-    found = None if is_deepspeed else locate(source)
+    found = None if is_deepspeed else found
     if source.is_dir() and not (is_hf or is_deepspeed or found):
         got = f"{source}, which has neither config.json nor checkpoints"
         raise need("SRC", "a Hugging Face model, a run or a DeepSpeed checkpoint", got, "check the path")
@@ -57,6 +61,7 @@ def _convert(argv: list[str]) -> int:
     report = Report()
     with contextlib.ExitStack() as stack:
         stack.callback(report.stop)
+        stack.enter_context(_unmade(target.absolute()))
         stack.enter_context(writing("DST", target, "nothing is left there: make room or mend it and convert again"))
         stack.enter_context(renamed("checkpoint", "SRC"))
         stack.enter_context(renamed("output", "DST"))
@@ -74,6 +79,19 @@ def _convert(argv: list[str]) -> int:
             line = f"{model.origin} -> {_write(target, report.counted(model), args, report)}"
     report.print(line)
     return 0
+
+
+@contextlib.contextmanager
+def _unmade(target: Path) -> Generator[None]:
+    """Where what is within it fails, the folders that were made for the target go again, if nothing is in them."""
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _check_target(args: argparse.Namespace, target: Path, *, is_hf: bool, is_run: bool, is_deepspeed: bool) -> None:

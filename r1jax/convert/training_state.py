@@ -66,6 +66,9 @@ def _tensors(model: Model) -> Iterator[tuple[str, Kind, np.ndarray]]:
 def _groups(model: Model, count: int) -> tuple[ParamGroup, ...]:
     saved = saved_in(model.metadata)
     kept = groups_of(saved) if saved and all(group.settings for group in saved.groups) else ()
+    # DeepSpeed's may have held both of two tied parameters; here they are one.
+    names = parameter_order(model.config)
+    kept = tuple(dataclasses.replace(group, names=tuple(n for n in group.names if n in names)) for group in kept)
     if kept and saved and saved.step == count:
         return kept
     optim, num_steps = settings(model)
@@ -78,7 +81,6 @@ def _groups(model: Model, count: int) -> tuple[ParamGroup, ...]:
         "betas": (optim.adam_beta1, optim.adam_beta2),
         "eps": optim.adam_epsilon,
     }
-    names = parameter_order(model.config)
     large, small = (tuple(name for name in names if is_small(name) == wanted) for wanted in (False, True))
     return (
         ParamGroup(names=large, weight_decay=optim.weight_decay, **about),
