@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     source, target = Path(args.source), Path(args.target)
-    is_deepspeed = names_deepspeed(source)
+    with renamed("checkpoint", "SRC"):
+        is_deepspeed = names_deepspeed(source)
     is_hf = (
         not is_deepspeed and source.is_dir() and any((source / n).is_file() for n in ("config.json", peft.CONFIG_FILE))
     )
