@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from r1jax.config.errors import need, shown
+from r1jax.config.errors import shown
 from r1jax.deepspeed.content import MAX_DEPTH, get, of_kind, plain
 from r1jax.deepspeed.folders import TRAINER_STATE, CheckpointFiles, find_checkpoint
 from r1jax.deepspeed.model_states import ONE_SAVE, ModelStates, read_model_states, refuse_other_save

@@ -16,6 +16,9 @@ MAX_NODES = 1_000_000
 MAX_DEPTH = 40
 MAX_TEXT = MAX_BYTES
 """Characters in a copy. A pickle has no more, unless it names one text many times: the copy is written without that."""
+MAX_NAMES = 100_000
+"""In one list. A pickle of the longest has not so many parameters; names alone would be few bytes each, and what is
+written for them many."""
 
 Kind = TypeVar("Kind")
 
@@ -47,6 +50,8 @@ def names(values: object, what: str) -> list[str]:
     if not isinstance(values, list | dict):
         raise Refused(f"{what} that is a {type(values).__name__}")
     found = list(values)
+    if len(found) > MAX_NAMES:
+        raise Refused(f"{what} of {len(found)} names, more than {MAX_NAMES}")
     for name in found:
         if not is_plain(name):
             raise Refused(f"{what} with {shown(name)}, which is no parameter's name")

@@ -58,6 +58,7 @@ def find_checkpoint(path: Path) -> CheckpointFiles:
         if not path.is_dir():
             raise need("checkpoint", WHAT, str(path), "check the path")
         folder = _tag_folder(path)
+    with reading(folder, WHAT):
         trainer = next((place for place in (folder, folder.parent) if (place / TRAINER_STATE).is_file()), None)
         model, optimizer, bf16 = _rank_files(folder)
         whole = bool(optimizer) or (folder / UNIVERSAL_FOLDER).is_dir()

@@ -1,4 +1,4 @@
-"""Names of parameters. A universal checkpoint has a folder by the name of each, so a name must not lead anywhere else."""
+"""Names of parameters. A universal checkpoint has a folder by the name of each: a name must not lead anywhere else."""
 
 import re
 from pathlib import Path
