@@ -20,7 +20,7 @@ PATHS = (
     "a/b",
     "a/../../../evil",
     "./a",
-    "/evil",
+    "/proc/evil",
     ".hidden",
     "",
     "two\nlines",
