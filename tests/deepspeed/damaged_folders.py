@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.deepspeed.replaced_files import clear, replace
 
@@ -66,10 +67,10 @@ def change_trainer_state(draw: random.Random, folder: Path) -> str:
     """What was done: the Trainer's state, there or not, has another global_step, or what is too deep to be written."""
     kept = next(iter(sorted(folder.rglob("trainer_state.json"))), None)
     path = kept or next(iter(sorted(folder.rglob("*_model_states.pt")))).with_name("trainer_state.json")
-    state = json.loads(path.read_text()) if kept else {"train_batch_size": 1, "logging_steps": 1, "save_steps": 1}
-    # As the checkpoints have it that are made here, and the real ones; a neighbour, and what is no step.
-    state["global_step"] = step = draw.choice((*(9, 12, 3) * 4, *_STEPS))
-    if draw.random() < 0.2:
+    state: dict[str, Any] = json.loads(path.read_text()) if kept else {"train_batch_size": 1, "logging_steps": 1, "save_steps": 1}
+    own = int(next(folder.rglob("global_step*")).name.removeprefix("global_step").partition("_")[0])
+    state["global_step"] = step = draw.choice((*(own,) * 15, own - 1, own + 1, *_STEPS))
+    if draw.random() < 0.1:
         del state["global_step"]
     for _ in range(depth := draw.choice((0, 0, 0, 30, 300, 900))):
         state = {"inner": state} | {key: state[key] for key in state if key != "inner"}

@@ -81,9 +81,14 @@ def write_again(opened: ZeroCheckpoint, into: Path, layout: str) -> None:
         write_checkpoint(into, state, target, universal=layout == "universal")
 
 
-def read_and_write(folder: Path, into: Path, layout: str) -> None:
-    """Both; raises `UserError` for a checkpoint that cannot be read, not for one that can only not be written."""
+def read_and_write(folder: Path, into: Path, layout: str | None) -> None:
+    """Both; raises `UserError` for a checkpoint that cannot be read, not for one that can only not be written.
+
+    None for one that is only read.
+    """
     opened = read_all(folder)
+    if layout is None:
+        return
     try:
         write_again(opened, into, layout)
     except UserError as error:
@@ -132,7 +137,10 @@ def main(folder: Path, first: int, last: int, *checkpoints: Path) -> int:
         (folder / "number").write_text(str(number))
         level, what = damage(number, bases, place, canary)
         into.mkdir()
-        refusal, wrong = judge(partial(read_and_write, place, into, LAYOUTS[number % len(LAYOUTS)]))
+        # Of the others some, for what is written waits for the disk.
+        is_written = level in ("names", "trainer") or number // len(bases) % 4 == 0
+        layout = LAYOUTS[number % len(LAYOUTS)] if is_written else None
+        refusal, wrong = judge(partial(read_and_write, place, into, layout))
         wrong = "the canary is there" if canary.exists() else wrong
         clear(place)
         clear(canary)
