@@ -67,7 +67,9 @@ def change_trainer_state(draw: random.Random, folder: Path) -> str:
     """What was done: the Trainer's state, there or not, has another global_step, or what is too deep to be written."""
     kept = next(iter(sorted(folder.rglob("trainer_state.json"))), None)
     path = kept or next(iter(sorted(folder.rglob("*_model_states.pt")))).with_name("trainer_state.json")
-    state: dict[str, Any] = json.loads(path.read_text()) if kept else {"train_batch_size": 1, "logging_steps": 1, "save_steps": 1}
+    state: dict[str, Any] = (
+        json.loads(path.read_text()) if kept else {"train_batch_size": 1, "logging_steps": 1, "save_steps": 1}
+    )
     own = int(next(folder.rglob("global_step*")).name.removeprefix("global_step").partition("_")[0])
     state["global_step"] = step = draw.choice((*(own,) * 15, own - 1, own + 1, *_STEPS))
     if draw.random() < 0.1:
