@@ -46,9 +46,11 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     source, target = Path(args.source), Path(args.target)
+    with renamed("checkpoint", "SRC"):
+        is_deepspeed = names_deepspeed(source)
     found = locate(source)
     # As in resume_from_checkpoint, a run's own come before those that it went on from.
-    is_deepspeed = names_deepspeed(source) and (found is None or args.to == "orbax")
+    is_deepspeed = is_deepspeed and (found is None or args.to == "orbax")
     is_hf = (
         not is_deepspeed and source.is_dir() and any((source / n).is_file() for n in ("config.json", peft.CONFIG_FILE))
     )

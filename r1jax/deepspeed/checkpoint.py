@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from r1jax.config.errors import need
-from r1jax.deepspeed.content import of_kind, plain
+from r1jax.config.errors import shown
+from r1jax.deepspeed.content import MAX_DEPTH, get, of_kind, plain
 from r1jax.deepspeed.folders import TRAINER_STATE, CheckpointFiles, find_checkpoint
-from r1jax.deepspeed.model_states import ModelStates, read_model_states, refuse_other_save
+from r1jax.deepspeed.model_states import ONE_SAVE, ModelStates, read_model_states, refuse_other_save
 from r1jax.deepspeed.optimizer_states import AdamSettings
+from r1jax.deepspeed.pickles import Refused
 from r1jax.deepspeed.saved import ParameterGroup, Saved, Scheduler
 from r1jax.deepspeed.torch_file import load, reading
 from r1jax.deepspeed.universal_reader import read_universal
@@ -97,7 +98,7 @@ def open_checkpoint(path: Path) -> ZeroCheckpoint:
         global_steps=model.global_steps,
         skipped_steps=model.skipped_steps,
         scheduler=_scheduler(files, model),
-        trainer_state=_trainer_state(files),
+        trainer_state=_trainer_state(files, model.global_steps),
         ds_config=model.ds_config,
         not_carried=(*model.not_carried, *settings.not_carried, *_left_behind(files)),
         source=source,
@@ -133,19 +134,32 @@ def _scheduler(files: CheckpointFiles, model: ModelStates) -> Scheduler | None:
         return Scheduler(SCHEDULER, plain(of_kind(load(path), "content", dict), "the scheduler"))
 
 
-def _trainer_state(files: CheckpointFiles) -> dict[str, Any] | None:
+def _trainer_state(files: CheckpointFiles, global_steps: int) -> dict[str, Any] | None:
+    """The file's content, which is of the model's save and can be written again."""
     if files.trainer is None:
         return None
     path = files.trainer / TRAINER_STATE
-    if (size := path.stat().st_size) > _MAX_JSON:
-        raise need("checkpoint", f"{path} of at most {_MAX_JSON} bytes", str(size), "copy the file again")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, a number of too many digits
-        raise need("checkpoint", f"a JSON object in {path}", str(error), "copy the file again") from error
-    if not isinstance(content, dict):
-        raise need("checkpoint", f"a JSON object in {path}", type(content).__name__, "copy the file again")
-    return content
+    with reading(path, "the Trainer's state"):
+        if (size := path.stat().st_size) > _MAX_JSON:
+            raise Refused(f"{size} bytes, more than {_MAX_JSON}", "copy the file again")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of too many digits
+            raise Refused(str(error), "copy the file again") from error
+        _refuse_deep(of_kind(content, "JSON", dict))
+        if (step := get(content, "global_step", int)) != global_steps:
+            raise Refused(f"global_step {shown(step)} beside global_steps {global_steps} of the engine", ONE_SAVE)
+        return content
+
+
+def _refuse_deep(content: dict[str, Any]) -> None:
+    """Raises where JSON cannot be written again: reading it goes deeper than writing."""
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    if level:
+        raise Refused(f"more than {MAX_DEPTH} objects in one another")
 
 
 def _left_behind(files: CheckpointFiles) -> tuple[str, ...]:

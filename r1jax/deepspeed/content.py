@@ -1,19 +1,24 @@
 """Values out of a checkpoint's files, each asked for by the kind that it must have.
 
 A file may hold anything under a key, and what it holds may contain itself: nothing here walks further than the value
-asked for, except `plain`, which bounds its walk.
+asked for, except `plain`, which bounds its walk and the text that it copies.
 """
 
 import math
 from typing import Any, TypeVar
 
 from r1jax.config.errors import shown
-from r1jax.deepspeed.pickles import Refused
+from r1jax.deepspeed.names import is_plain
+from r1jax.deepspeed.pickles import MAX_BYTES, Refused
 from r1jax.deepspeed.tensors import FileTensor, shape_of
 
 MAX_NODES = 1_000_000
 MAX_DEPTH = 40
-MAX_NAME = 512
+MAX_TEXT = MAX_BYTES
+"""Characters in a copy. A pickle has no more, unless it names one text many times: the copy is written without that."""
+MAX_NAMES = 100_000
+"""In one list. A pickle of the longest has not so many parameters; names alone would be few bytes each, and what is
+written for them many."""
 
 Kind = TypeVar("Kind")
 
@@ -45,9 +50,11 @@ def names(values: object, what: str) -> list[str]:
     if not isinstance(values, list | dict):
         raise Refused(f"{what} that is a {type(values).__name__}")
     found = list(values)
+    if len(found) > MAX_NAMES:
+        raise Refused(f"{what} of {len(found)} names, more than {MAX_NAMES}")
     for name in found:
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-            raise Refused(f"{what} with something else than names")
+        if not is_plain(name):
+            raise Refused(f"{what} with {shown(name)}, which is no parameter's name")
     return found
 
 
@@ -67,7 +74,8 @@ def number(value: object, what: str) -> float:
 
 
 def plain(value: object, what: str) -> Any:
-    """A copy of dicts, lists, tuples, numbers and text, small tensors as numbers; raises `Refused` for what is endless.
+    """A copy of dicts, lists, tuples, numbers and text, small tensors as numbers; raises `Refused` for what is endless,
+    or would be much longer than the file once nothing in it is shared.
 
     Other objects become the name of their class: such a copy is for settings, which are read by key.
     """
@@ -76,21 +84,30 @@ def plain(value: object, what: str) -> Any:
 
 class _Copy:
     def __init__(self, what: str) -> None:
-        self.what, self.nodes = what, 0
+        self.what, self.nodes, self.text = what, 0, 0
 
     def of(self, value: object, depth: int) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or depth > MAX_DEPTH:
             raise Refused(f"{self.what} without an end")
-        if value is None or isinstance(value, bool | int | float | str):
+        if isinstance(value, str):
+            return self._charged(value)
+        if value is None or isinstance(value, bool | int | float):
             return value
         if isinstance(value, dict):
             if not all(isinstance(key, str | int | float | None) for key in value):
                 raise Refused(f"{self.what} with keys that are neither text nor numbers")
-            return {key: self.of(member, depth + 1) for key, member in value.items()}
+            return {self._charged(key): self.of(member, depth + 1) for key, member in value.items()}
         if isinstance(value, list | tuple):
             members = [self.of(member, depth + 1) for member in value]
             return members if isinstance(value, list) else tuple(members)
         if isinstance(value, FileTensor) and value.numel == 1:
             return value.numpy().reshape(()).item()
         return f"<{getattr(value, 'name', type(value).__name__)}>"
+
+    def _charged(self, value: Any) -> Any:
+        """The value, its characters counted."""
+        self.text += len(value) if isinstance(value, str) else 0
+        if self.text > MAX_TEXT:
+            raise Refused(f"{self.what} of more than {MAX_TEXT} characters")
+        return value

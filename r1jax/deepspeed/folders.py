@@ -6,17 +6,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from r1jax.config.errors import need, shown
+from r1jax.deepspeed.names import UNIVERSAL_FOLDER
 from r1jax.deepspeed.torch_file import reading
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 TRAINER_STATE = "trainer_state.json"
+WHAT = "a folder with a DeepSpeed checkpoint"
 
 _TRAINER_FOLDER = re.compile(r"checkpoint-(\d{1,18})")
 _TAG = re.compile(r"(?!\.)[\w.+=@ -]{1,200}")
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d{1,6})_)?mp_rank_(?P<part>\d\d)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?P<bf16>bf16_)?zero_pp_rank_(?P<rank>\d{1,6})_mp_rank_(?P<part>\d\d)_optim_states\.pt")
 _PARALLEL = re.compile(r"(?:expp_rank_|layer_\d+).*\.pt")
-_UNIVERSAL_FOLDER = "zero"
 
 _WHOLE = "copy the whole folder again or name another checkpoint"
 _MERGED = "only ZeRO's data parallelism is read: merge it into a plain checkpoint with the tool that made it"
@@ -53,13 +54,14 @@ def find_checkpoint(path: Path) -> CheckpointFiles:
     `path` is a tag's folder, the folder with DeepSpeed's `latest` (a run's, or the Trainer's checkpoint-N), or a
     folder with several checkpoint-N, of which the highest number is taken.
     """
-    if not path.is_dir():
-        raise need("checkpoint", "a folder with a DeepSpeed checkpoint", str(path), "check the path")
-    with reading(path, "a folder with a DeepSpeed checkpoint"):
+    with reading(path, WHAT):
+        if not path.is_dir():
+            raise need("checkpoint", WHAT, str(path), "check the path")
         folder = _tag_folder(path)
+    with reading(folder, WHAT):
         trainer = next((place for place in (folder, folder.parent) if (place / TRAINER_STATE).is_file()), None)
         model, optimizer, bf16 = _rank_files(folder)
-        whole = bool(optimizer) or (folder / _UNIVERSAL_FOLDER).is_dir()
+        whole = bool(optimizer) or (folder / UNIVERSAL_FOLDER).is_dir()
     if not whole:
         got = f"{folder} without any rank's optim_states.pt"
         raise need("checkpoint", "a ZeRO checkpoint (stage 1, 2 or 3, or a universal one)", got, _WHOLE)
@@ -67,10 +69,11 @@ def find_checkpoint(path: Path) -> CheckpointFiles:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `find_checkpoint` has something to begin with there."""
-    return path.is_dir() and (
-        _is_tag_folder(path) or any((path / name).is_file() for name in (LATEST, LATEST_UNIVERSAL))
-    )
+    """Whether `find_checkpoint` has something to begin with there; raises `UserError` where that cannot be seen."""
+    with reading(path, WHAT):
+        return path.is_dir() and (
+            _is_tag_folder(path) or any((path / name).is_file() for name in (LATEST, LATEST_UNIVERSAL))
+        )
 
 
 def _tag_folder(path: Path) -> Path:
@@ -82,9 +85,7 @@ def _tag_folder(path: Path) -> Path:
     numbered = {int(found[1]): child for child in path.iterdir() if (found := _TRAINER_FOLDER.fullmatch(child.name))}
     if not numbered:
         got = f"{path} with neither {LATEST} nor the files of a rank"
-        raise need(
-            "checkpoint", "a folder with a DeepSpeed checkpoint", got, "name the folder that save_checkpoint got"
-        )
+        raise need("checkpoint", WHAT, got, "name the folder that save_checkpoint got")
     newest = numbered[max(numbered)]
     if not is_checkpoint(newest):
         got = f"{newest} without {LATEST}"

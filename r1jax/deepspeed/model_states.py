@@ -12,7 +12,7 @@ from r1jax.deepspeed.torch_file import load, reading
 
 WHAT = "a DeepSpeed model_states file"
 _MERGED = "only ZeRO's data parallelism is read: merge it into a plain checkpoint with the tool that made it"
-_ONE_SAVE = "the files must be of one save: copy the whole folder again"
+ONE_SAVE = "the files must be of one save: copy the whole folder again"
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 # What DeepSpeed itself writes; any other key came through client_state.
 _OWN_KEYS = {
@@ -64,11 +64,11 @@ def read_model_states(files: CheckpointFiles) -> ModelStates:
 def refuse_other_save(model: ModelStates, world_size: int, step: int) -> None:
     """Nothing; raises `Refused` when the optimizer's files, of which these are facts, are not of the model's save."""
     if model.world_size not in (0, world_size):
-        raise Refused(f"dp_world_size {model.world_size} beside an optimizer of {world_size} ranks", _ONE_SAVE)
+        raise Refused(f"dp_world_size {model.world_size} beside an optimizer of {world_size} ranks", ONE_SAVE)
     updates = model.global_steps - model.skipped_steps
     # Earlier releases of DeepSpeed let Adam make its state by a first step on zeros, which is counted.
     if step not in (updates, updates + 1):
-        raise Refused(f"{updates} steps (without skipped ones) beside Adam's step {step}", _ONE_SAVE)
+        raise Refused(f"{updates} steps (without skipped ones) beside Adam's step {step}", ONE_SAVE)
 
 
 def _parse(content: dict[Any, Any], dtype: str | None) -> ModelStates:
@@ -171,10 +171,10 @@ def _refuse_other_save(first: dict[Any, Any], other: dict[Any, Any]) -> None:
     for key in ("global_steps", "skipped_steps", "dp_world_size"):
         ours, theirs = count(first, key, 0), count(other, key, 0)
         if ours != theirs:
-            raise Refused(f"{key} {theirs}, which is {ours} in rank 0's", _ONE_SAVE)
+            raise Refused(f"{key} {theirs}, which is {ours} in rank 0's", ONE_SAVE)
     ours, theirs = ([list(group.items()) for group in _groups(content)] for content in (first, other))
     if ours != theirs:
-        raise Refused("other param_shapes than rank 0's", _ONE_SAVE)
+        raise Refused("other param_shapes than rank 0's", ONE_SAVE)
 
 
 def _not_carried(content: dict[Any, Any]) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from r1jax.deepspeed.zero_layout import MOMENTS
 
 WHAT = "a DeepSpeed optim_states file"
 FLOATS = ("float32", "bfloat16", "float16", "float64")
+MAX_RANKS = 1 << 16
+"""Of a universal checkpoint the number is all there is: nothing else in it has as many parts."""
 
 _ONE_SAVE = "the files must be of one save: copy the whole folder again"
 _ADAM = "only Adam's state is read, and a run cannot go on from none"
@@ -93,7 +95,9 @@ def read_world_size(state: dict[Any, Any]) -> int:
     sizes = {of_kind(size, "partition_count", int) for size in counts}
     if len(sizes) != 1:
         raise Refused("groups that are cut for different numbers of ranks", "expert parallelism is not read")
-    return sizes.pop()
+    if not 1 <= (size := sizes.pop()) <= MAX_RANKS:
+        raise Refused(f"partition_count {shown(size)}")
+    return size
 
 
 def read_groups(param_groups: list[Any]) -> tuple[tuple[dict[str, Any], ...], tuple[int, ...]]:

@@ -6,13 +6,12 @@ stage 3, the flat tensor alone.
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any
 
-from r1jax.config.errors import need, shown
 from r1jax.deepspeed.content import get, number, of_kind
 from r1jax.deepspeed.model_states import ModelStates
+from r1jax.deepspeed.names import UNIVERSAL_FOLDER, UNIVERSAL_STATE, parameter_folder
 from r1jax.deepspeed.optimizer_states import (
     FLOATS,
     AdamSettings,
@@ -29,10 +28,7 @@ from r1jax.deepspeed.zero_layout import KINDS
 from r1jax.deepspeed.zero_reader import Stretch
 
 WHAT = "a parameter of a universal checkpoint"
-_FOLDER = "zero"
-_STATE, _STEP = "optimizer_state.pt", "step.pt"
-# A parameter's name is the name of a folder here.
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_STEP = "step.pt"
 _WHOLE = "copy the whole folder again or name another checkpoint"
 
 
@@ -50,7 +46,7 @@ class UniversalSource:
 
 def read_universal(folder: Path, model: ModelStates) -> tuple[AdamSettings, UniversalSource]:
     """The optimizer's settings and the source; raises `UserError` when a file is missing or does not fit."""
-    path = folder / _FOLDER / _STATE
+    path = folder / UNIVERSAL_FOLDER / UNIVERSAL_STATE
     with reading(path, "a universal checkpoint's optimizer state"):
         state = of_kind(load(path), "content", dict)
         groups, group_of = read_groups(get(state, "param_groups", list))
@@ -59,22 +55,15 @@ def read_universal(folder: Path, model: ModelStates) -> tuple[AdamSettings, Univ
         stage, world_size, kept = read_stage(state), read_world_size(state), _flat_steps(state)
     tensors: dict[tuple[str, str], FileTensor] = {}
     for name, shape in ((name, shape) for shapes in model.shapes for name, shape in shapes.items()):
-        place = _place(folder, name)
+        place = parameter_folder(folder, name)
         for kind in KINDS:
             tensors[name, kind] = _tensor(place / f"{kind}.pt", shape)
         if (place / _STEP).is_file():
             kept.append(_one_step(place / _STEP))
-    with reading(folder / _FOLDER, "the parameters of one save"):
+    with reading(folder / UNIVERSAL_FOLDER, "the parameters of one save"):
         step = read_step(kept)
     settings = AdamSettings(stage, world_size, step, groups, group_of, loss_scale(state))
     return settings, UniversalSource(tensors)
-
-
-def _place(folder: Path, name: str) -> Path:
-    if not _PLAIN_NAME.fullmatch(name):
-        advice = "name another checkpoint"
-        raise need("checkpoint", "parameters whose names can be folders'", f"{shown(name)} in {folder}", advice)
-    return folder / _FOLDER / name
 
 
 def _flat_steps(state: dict[Any, Any]) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from r1jax.config.errors import require
+from r1jax.deepspeed.names import UNIVERSAL_FOLDER, UNIVERSAL_STATE, parameter_folder
 from r1jax.deepspeed.torch_writer import TorchFile, blocks, save
 from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.written_states import model_states, module_tensors, universal_state
@@ -17,20 +18,23 @@ from r1jax.deepspeed.zero_layout import Kind
 
 
 def write_universal(folder: Path, source: TrainingState, target: Target) -> None:
-    """Writes the files; the target's world size is only what they say of themselves."""
+    """Writes the files; the target's world size is only what they say of themselves.
+
+    Raises `UserError` before there is one for a stage or a name of a parameter that cannot be written so."""
     advice = "write stage 3 as ZeRO checkpoint: DeepSpeed's loader of universal ones is wrong there"
     require(target.stage in (1, 2), "stage", "1 or 2 for a universal checkpoint", target.stage, advice)
+    places = {name: parameter_folder(folder, name) for name in source.shapes}
     layout, tensors = target.layout(source), module_tensors(source, target)
     value: dict[str, Any] = model_states(source, target, layout, tensors, scheduler=True)
     # Tensor parallelism would be described here.
     value["universal_checkpoint_info"] = {"universal_checkpoint_version": 0.4}
-    for name in source.shapes:
-        (folder / "zero" / name).mkdir(parents=True)
-        save(folder / "zero" / name / "step.pt", np.array(source.adam_step, np.float32))
+    for place in places.values():
+        place.mkdir(parents=True)
+        save(place / "step.pt", np.array(source.adam_step, np.float32))
     model = TorchFile(folder / "mp_rank_00_model_states.pt", value)
 
     def write(name: str, kind: Kind, elements: np.ndarray) -> None:
-        save(folder / "zero" / name / f"{kind}.pt", {"cat_dim": 0, "param": elements})
+        save(places[name] / f"{kind}.pt", {"cat_dim": 0, "param": elements})
         if kind == "fp32":
             for start, block in blocks(elements):
                 model.write(tensors[name], block.astype(target.module_dtype, copy=False), start)
@@ -40,4 +44,4 @@ def write_universal(folder: Path, source: TrainingState, target: Target) -> None
         model.close()
     finally:
         model.abandon()
-    save(folder / "zero" / "optimizer_state.pt", universal_state(source, target, layout))
+    save(folder / UNIVERSAL_FOLDER / UNIVERSAL_STATE, universal_state(source, target, layout))

@@ -6,21 +6,30 @@ shard, and nothing is read again for every rank. All ranks' files are open meanw
 
 import contextlib
 import dataclasses
+import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from r1jax.config.errors import need, shown
 from r1jax.deepspeed.pickle_writer import Tensor
 from r1jax.deepspeed.torch_writer import TorchFile, blocks
 from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.written_states import flat_tensors, model_states, module_tensors, optim_states
 from r1jax.deepspeed.zero_layout import Kind, Layout
 
+# Open beside the ranks' files: libraries', the source's that is being read, what the program itself has.
+_OTHER_FILES = 100
+
 
 def write_zero(folder: Path, source: TrainingState, target: Target, *, scheduler: bool) -> None:
-    """Writes the model's and the optimizer's files of every rank; `scheduler` as in `written_states.model_states`."""
+    """Writes the model's and the optimizer's files of every rank; `scheduler` as in `written_states.model_states`.
+
+    Raises `UserError` before there is one where the process may not have as many files open.
+    """
+    _refuse_too_many(target)
     layout = target.layout(source)
     module = module_tensors(source, target)
     buffers = [flat_tensors(target, layout, rank) for rank in range(target.world_size)]
@@ -44,6 +53,14 @@ def write_zero(folder: Path, source: TrainingState, target: Target, *, scheduler
         source.for_each_tensor(_Files(layout, weights, module, ranks, buffers).write)
         for file in (*models, *ranks):
             file.close()
+
+
+def _refuse_too_many(target: Target) -> None:
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = target.world_size * (2 if target.stage == 3 else 1) + _OTHER_FILES
+    if allowed != resource.RLIM_INFINITY and needed > allowed:
+        rule = f"files of ranks that can be open at once, as ulimit -n {allowed} allows"
+        raise need("world_size", rule, shown(target.world_size), f"ulimit -n {needed}, or write fewer ranks")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,8 +141,9 @@ def saved_in(metadata: Mapping[str, Any]) -> Saved | None:
 
 
 def names_deepspeed(path: Path) -> bool:
-    """Whether something of DeepSpeed's is there: a checkpoint, or a Trainer's checkpoint-N with one."""
-    return path.is_dir() and (is_checkpoint(path) or any(map(is_checkpoint, path.glob("checkpoint-*"))))
+    """Whether something of DeepSpeed's is there: a checkpoint, or a Trainer's checkpoint-N with one; raises `UserError`
+    for a folder that cannot be read."""
+    return is_checkpoint(path) or any(map(is_checkpoint, path.glob("checkpoint-*")))
 
 
 def _scalar(value: int, like: Any) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from r1jax.checkpoints.orbax import FOLDER, Checkpoints, locate
-from r1jax.config.errors import need
+from r1jax.config.errors import need, renamed
 from r1jax.config.run import RunSettings
 from r1jax.models.config import DecoderConfig
 from r1jax.training.agreement import first_says
@@ -96,7 +96,9 @@ def find_start(settings: RunSettings, own: Checkpoints, decoder: DecoderConfig) 
 
 
 def _start_of_deepspeed(path: Path, decoder: DecoderConfig) -> Start:
-    if not names_deepspeed(path):
+    with renamed("checkpoint", "resume_from_checkpoint"):
+        is_deepspeed = names_deepspeed(path)
+    if not is_deepspeed:
         rule = "a run, one of its checkpoints or a DeepSpeed checkpoint"
         raise need("resume_from_checkpoint", rule, str(path), "check the path")
     checkpoint = DeepSpeedCheckpoint(path, decoder)

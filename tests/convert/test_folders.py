@@ -17,6 +17,7 @@ from r1jax.deepspeed.checkpoint import open_checkpoint
 from r1jax.deepspeed.training_state import Target
 from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
 from tests import torch_run
+from tests.deepspeed.sources import make_source
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -104,3 +105,35 @@ def test_a_disk_that_takes_no_more(converted: Path, tmp_path: Path, to: str):
     assert result.stderr.startswith("DST: need a disk that takes ") and result.stderr.count("\n") == 1
     assert "make room" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoint-9"])
+def test_a_folder_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, place: str):
+    """By a user whom its mode binds: to root every folder is open."""
+    target = Target(stage=2, world_size=1, dtype="fp32")
+    arguments = {"train_batch_size": 1, "logging_steps": 1, "save_steps": 1}
+    write_trainer_checkpoint(tmp_path / "own" / "run", make_source(tied=True), target, arguments)
+    for path in tmp_path.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (tmp_path / "own" / place).chmod(0)
+    command = [sys.executable, "-c", _AS_NOBODY, str(tmp_path / "own"), "run", "out", "--to", "deepspeed"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr[-2000:]
+        rule = f"SRC: need a folder with a DeepSpeed checkpoint in {place}, got Permission denied; "
+        assert done.stderr.startswith(rule), done.stderr
+    finally:
+        (tmp_path / "own" / place).chmod(0o755)
+
+
+# Paths from there on are relative, as pytest's own folders are closed to others.
+_AS_NOBODY = """
+import os, sys
+from r1jax.convert import main
+os.chdir(sys.argv[1])
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+sys.exit(main(sys.argv[2:]))
+"""

@@ -1,10 +1,12 @@
 """Damage to the folder of a checkpoint: files missing, mixed, or something else than files."""
 
+import json
 import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.deepspeed.replaced_files import clear, replace
 
@@ -41,6 +43,8 @@ _JSON = (
     b"null",
 )
 
+_STEPS = (0, -1, 7, 2**53, 10**400, True, None, 9.0, 3.0, "9", "3", [9], {"9": 9}, float("nan"), float("inf"))
+
 
 def files_of(folder: Path) -> list[Path]:
     """The files of a checkpoint, in an order that is the same everywhere."""
@@ -57,6 +61,23 @@ def damage_folder(draw: random.Random, folder: Path, others: Sequence[Path]) -> 
         change, path = draw.choice(CHANGES), draw.choice(files)
         done.append(f"{change.__name__} {path.relative_to(folder)} {change(draw, path, others)}")
     return "; ".join(done)
+
+
+def change_trainer_state(draw: random.Random, folder: Path) -> str:
+    """What was done: the Trainer's state, there or not, has another global_step, or what is too deep to be written."""
+    kept = next(iter(sorted(folder.rglob("trainer_state.json"))), None)
+    path = kept or next(iter(sorted(folder.rglob("*_model_states.pt")))).with_name("trainer_state.json")
+    state: dict[str, Any] = (
+        json.loads(path.read_text()) if kept else {"train_batch_size": 1, "logging_steps": 1, "save_steps": 1}
+    )
+    own = int(next(folder.rglob("global_step*")).name.removeprefix("global_step").partition("_")[0])
+    state["global_step"] = step = draw.choice((*(own,) * 15, own - 1, own + 1, *_STEPS))
+    if draw.random() < 0.1:
+        del state["global_step"]
+    for _ in range(depth := draw.choice((0, 0, 0, 30, 300, 900))):
+        state = {"inner": state} | {key: state[key] for key in state if key != "inner"}
+    replace(path, json.dumps(state).encode())
+    return f"{path.relative_to(folder)}: global_step {step!r:.40}, {depth} deep"
 
 
 def remove(draw: random.Random, path: Path, others: Sequence[Path]) -> str:

@@ -1,5 +1,6 @@
 """Damage to the pickle in a file of torch.save, operation by operation, in a zip that is whole again afterwards."""
 
+import os
 import pickletools
 import random
 import struct
@@ -14,6 +15,13 @@ NUMBERS = (
     *(2**40, 2**48, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, 2**250, 2**2000),
 )
 TEXTS = ("", "x" * 600, "two\nlines", "\u2028\x85\r", "..", "../../outside", "/etc/passwd", "a/b", "\0", "é" * 200, "")
+# What a parameter cannot be called where its name is a folder's, and some of what it can.
+NAMES = (
+    *("/", "/proc/evil", "..", ".", "../evil", "../../evil", "../../../evil", "a/b", "a/../../../evil"),
+    *("model/../norm", "./weight", ".hidden", "", "x" * 256, "x" * 255, "two\nlines", "\u2028"),
+    *("é.weight", "a b", "a\0b", "a\\b", "-a"),
+    *("optimizer_state.pt", "latest", "fp32.pt", "zero", "model..weight", "weight."),
+)
 STORAGES = (*("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"), "ComplexFloat")
 # What a hostile file would have run, as module and name; the arguments follow.
 CALLED = (
@@ -48,6 +56,34 @@ def damage_pickle(draw: random.Random, path: Path, canary: Path) -> str:
     members[place] = (members[place][0], b"".join(operation.data for operation in operations))
     write_members(path, members)
     return "; ".join(done)
+
+
+def rename_parameter(draw: random.Random, folder: Path, canary: Path) -> str:
+    """What was done: one parameter has another name in all files, where a name cannot be or that is a path."""
+    new = draw.choice((*NAMES, str(canary), f"{canary}/weight", os.path.relpath(canary, folder)))
+    own: set[str] = set()
+    for path in sorted(folder.rglob("*_states.pt")):
+        own |= {each for each in _texts(path) if each.endswith((".weight", ".bias"))}
+    old = draw.choice(sorted(own))
+    for path in sorted(folder.rglob("*_states.pt")):
+        if old in _texts(path):
+            replace_argument(path, old, new)
+    return f"{old} to {new[:80]!r}"
+
+
+def replace_argument(path: Path, old: str | int, new: str | int) -> None:
+    """Puts the text or number in the place of the other wherever it stands in the file's pickle."""
+    members = read_members(path)
+    place = next(index for index, (name, _) in enumerate(members) if name.endswith("/data.pkl"))
+    pushed = text(new) if isinstance(new, str) else integer(new)
+    operations = [pushed if each.argument == old else each.data for each in parse(members[place][1])]
+    members[place] = (members[place][0], b"".join(operations))
+    write_members(path, members)
+
+
+def _texts(path: Path) -> set[str]:
+    pickled = next(content for name, content in read_members(path) if name.endswith("/data.pkl"))
+    return {operation.argument for operation in parse(pickled) if isinstance(operation.argument, str)}
 
 
 def _some(draw: random.Random, operations: list[Operation], *names: str) -> int:

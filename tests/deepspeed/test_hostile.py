@@ -53,7 +53,7 @@ def test_the_judge_of_these_notices_what_must_not_be(tmp_path: Path):
     (tmp_path / "in").mkdir()
     done = run_apart("misreadings", tmp_path / "in")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 16
 
 
 def test_small_files_do_not_take_much_memory_or_time(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from r1jax.config.errors import UserError
 from r1jax.deepspeed.checkpoint import open_checkpoint
 from r1jax.deepspeed.training_state import Target
-from r1jax.deepspeed.writer import write_checkpoint
+from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
+from tests.deepspeed.damaged_pickles import replace_argument
 from tests.deepspeed.sources import make_source
 
 OPTIMIZER, MODEL = "optim_states.pt", "model_states.pt"
@@ -209,6 +211,57 @@ def test_universal_parameters_of_two_steps_are_refused(tmp_path: Path):
     shutil.copytree(other / "zero" / name, folder / "zero" / name)
     line = refusal(folder)
     assert f"the parameters of one save in {folder / 'zero'}, got groups at different steps; " in line
+
+
+def trainers(folder: Path, global_step: Any) -> Path:
+    """A Trainer's checkpoint of step 9 whose trainer_state.json says another one, or nothing in the place of None."""
+    arguments = {"train_batch_size": 1, "logging_steps": 1, "save_steps": 1}
+    target = Target(stage=2, world_size=1, dtype="fp32")
+    path = write_trainer_checkpoint(folder, make_source(tied=True), target, arguments) / "trainer_state.json"
+    state = json.loads(path.read_text()) | {"global_step": global_step}
+    path.write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("global_step", "got"),
+    [
+        (7, "global_step 7 beside global_steps 9 of the engine"),
+        (10**100, "global_step 1000"),
+        (True, "global_step that is a bool"),
+        (9.0, "global_step that is a float"),
+        ("9", "global_step that is a str"),
+        (None, "no global_step"),
+    ],
+)
+def test_a_trainers_state_of_another_step_is_refused(tmp_path: Path, global_step: Any, got: str):
+    path = trainers(tmp_path, global_step)
+    assert f" in {path}, got {got}" in refusal(tmp_path)
+
+
+def test_a_trainers_state_of_the_step_is_read(tmp_path: Path):
+    trainers(tmp_path, 9)
+    state = open_checkpoint(tmp_path).trainer_state
+    assert state is not None and state["global_step"] == 9
+
+
+@pytest.mark.parametrize("depth", [50, 900])
+def test_a_trainers_state_that_cannot_be_written_again_is_refused(tmp_path: Path, depth: int):
+    """Python reads deeper JSON than it writes."""
+    path = trainers(tmp_path, 9)
+    text = path.read_text().rstrip().removesuffix("}")
+    path.write_text(f'{text}, "deep": {"[" * depth}{"]" * depth}}}')
+    json.loads(path.read_text())
+    assert "more than 40 objects in one another" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("num_ranks", [0, 1 << 20, 1 << 40])
+def test_a_universal_checkpoint_of_more_ranks_than_there_can_be_is_refused(tmp_path: Path, num_ranks: int):
+    """What would be written for each of them is memory and time by a number alone."""
+    folder = written(tmp_path, 1, 77, universal=True)
+    replace_argument(folder / "mp_rank_00_model_states.pt", 77, num_ranks)
+    replace_argument(folder / "zero" / "optimizer_state.pt", 77, num_ranks)
+    assert f"partition_count {num_ranks}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["global_step10", "", "..", "../a/global_step9", "/", "global_step9/zero", "é" * 200])

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -318,3 +319,15 @@ def test_a_target_that_no_engine_has_is_refused(change: dict[str, Any], line: st
     with pytest.raises(UserError) as refusal:
         dataclasses.replace(TARGETS[0], **change)
     assert str(refusal.value).startswith(line)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_more_ranks_than_files_can_be_open_are_refused_before_there_is_one(tmp_path: Path, stage: int):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        with pytest.raises(UserError, match=r"^world_size: need .* ulimit -n 300 allows, got 250; ulimit -n \d+, or"):
+            write_checkpoint(tmp_path / "a", make_source(tied=True), Target(stage=stage, world_size=250, dtype="fp32"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not list(tmp_path.iterdir())
