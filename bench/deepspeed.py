@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from r1jax.deepspeed.saved import Scheduler
 from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
 from r1jax.deepspeed.writer import write_trainer_checkpoint
 from r1jax.deepspeed.zero_layout import KINDS, Kind
@@ -118,7 +119,10 @@ def make(folder: Path, hf_config: dict[str, Any]) -> Path:
         tensors=read,
         adam_step=100,
         global_step=100,
-        scheduler={"last_epoch": 100, "base_lrs": [2e-5], "_last_lr": [1e-5], "_step_count": 101, "lr_lambdas": [{}]},
+        scheduler=Scheduler(
+            "scheduler.pt",
+            {"last_epoch": 100, "base_lrs": [2e-5], "_last_lr": [1e-5], "_step_count": 101, "lr_lambdas": [{}]},
+        ),
     )
     trainer = {"train_batch_size": 1, "logging_steps": 1, "save_steps": 100}
 

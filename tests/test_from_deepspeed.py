@@ -1,5 +1,6 @@
 """`r1jax.train` goes on from a DeepSpeed checkpoint as torch does, for any stage and world size that wrote it."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 from safetensors.numpy import load_file
 
 from r1jax import convert, train
+from r1jax.deepspeed.checkpoint import open_checkpoint
+from r1jax.deepspeed.saved import Scheduler
 from r1jax.deepspeed.training_state import Target
 from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
 from tests import torch_run
@@ -100,3 +103,48 @@ def test_two_processes_read_what_each_has_of_it(run: torch_run.TorchRun, tmp_pat
     succeed(2, 4, recipe(run, tmp_path / "out", given))
     losses = [line["loss"] for line in logged(tmp_path / "out") if "loss" in line]
     np.testing.assert_allclose(losses, run.losses, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("origin", ["model_states", "scheduler.pt"])
+def test_its_way_back_is_brought_up_to_date(
+    run: torch_run.TorchRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], origin: str
+):
+    """Schedule, rows, epoch and tokens are those after the steps done here, each where the Trainer looks for it."""
+    asking = {"type": "WarmupLR", "params": {"warmup_max_lr": torch_run.PEAK, "warmup_num_steps": 2}}
+    engines = origin == "model_states"
+    scheduler = Scheduler(origin, {"last_batch_iteration": 2}) if engines else run.state.scheduler
+    # As if the batch had been smaller before.
+    state = dataclasses.replace(run.state, scheduler=scheduler, global_samples=10)
+    target = Target(stage=1, world_size=2, dtype="fp32", ds_config={"scheduler": asking} if engines else {})
+    about = torch_run.TRAINER_STATE | {"num_input_tokens_seen": 500, "total_flos": 7.0}
+    given = write_trainer_checkpoint(tmp_path / "trainer", state, target, about)
+    lines = go_on(run, tmp_path / "out", given)
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "back"), "--to", "deepspeed"]) == 0
+    opened = open_checkpoint(tmp_path / "back")
+    assert opened.global_steps == 6
+    assert opened.global_samples == 10 + 3 * torch_run.ROWS
+    assert opened.trainer_state is not None and opened.scheduler is not None
+    seen = 500 + 3 * torch_run.ROWS * torch_run.LENGTH
+    last = next(line for line in reversed(lines) if "epoch" in line)
+    assert (last["step"], last["num_tokens"]) == (6, seen)
+    assert (opened.trainer_state["epoch"], opened.trainer_state["num_input_tokens_seen"]) == (last["epoch"], seen)
+    assert opened.scheduler.origin == origin
+    assert (tmp_path / "back" / "checkpoint-6" / "scheduler.pt").exists() != engines
+    if engines:
+        assert opened.scheduler.state == {"last_batch_iteration": 5}
+    else:
+        assert (opened.scheduler.state["last_epoch"], opened.scheduler.state["_step_count"]) == (6, 7)
+        assert opened.scheduler.state["_last_lr"] == [group.settings["lr"] for group in opened.groups]
+    said = capsys.readouterr().out
+    assert "6 updates on 34 rows" in said and "total_flos are as the Trainer left them" in said
+
+
+def test_a_run_of_ours_that_counts_its_rows(run: torch_run.TorchRun, tmp_path: Path):
+    """And whose schedule is DeepSpeed's: the engine's to keep, with the rows of every step."""
+    keys = {"lr_scheduler_type": "WarmupDecayLR", "random_init": True, "max_steps": 2}
+    go_on(run, tmp_path / "out", None, **keys)
+    to = ["--to", "deepspeed", "--zero_stage", "2", "--world_size", "1"]
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "back"), *to]) == 0
+    opened = open_checkpoint(tmp_path / "back")
+    assert opened.scheduler == ("model_states", {"last_batch_iteration": 1})
+    assert opened.global_samples == 2 * torch_run.ROWS

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 
+from r1jax.deepspeed.saved import Scheduler
 from r1jax.deepspeed.training_state import ParamGroup, TrainingState
 from r1jax.deepspeed.zero_layout import Kind
 from tests.tiny import write_model
@@ -81,7 +82,7 @@ def train(folder: Path, **changes: Any) -> TorchRun:
         tensors=lambda: tensors(arrays),
         adam_step=STEPS,
         global_step=STEPS,
-        scheduler=copy.deepcopy(scheduler.state_dict()),
+        scheduler=Scheduler("scheduler.pt", copy.deepcopy(scheduler.state_dict())),
     )
     after = [step() for _ in range(STEPS)]
     return TorchRun(path, rows, state, arrays, [loss for loss, _ in after], [rate for _, rate in after])

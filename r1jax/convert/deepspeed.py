@@ -16,8 +16,9 @@ from r1jax.checkpoints.hf_export import export, export_dtype
 from r1jax.config.errors import need
 from r1jax.convert.model import Model
 from r1jax.convert.report import Report
+from r1jax.convert.schedule import left_as_saved, place_of
 from r1jax.convert.tokenizer_files import tokenizer_in
-from r1jax.convert.training_state import follows_deepspeeds_schedule, settings, training_state
+from r1jax.convert.training_state import settings, training_state
 from r1jax.deepspeed.checkpoint import ZeroCheckpoint, open_checkpoint
 from r1jax.deepspeed.checkpoint_state import state_of, target_of
 from r1jax.deepspeed.training_state import Target, TrainingState
@@ -30,6 +31,7 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 _OWN_FILES = ("latest", "scheduler.pt", "trainer_state.json", "zero_to_fp32.py", "zero_to_torch.py")
 """Of a checkpoint-N: what is written anew, and DeepSpeed's scripts, which are DeepSpeed's."""
 _BY_RANK = "rng_state*.pth"
+_KEPT = "log_history, best_metric, total_flos are as the Trainer left them"
 
 
 def to_deepspeed(folder: Path, model: Model, args: argparse.Namespace, report: Report) -> str:
@@ -38,8 +40,9 @@ def to_deepspeed(folder: Path, model: Model, args: argparse.Namespace, report: R
     layout = args.layout or ("engine" if saved and saved.trainer_state is None else "trainer")
     dtype = args.dtype or (saved.dtype if saved else export_dtype(model.dtype, model.hf_config))
     target = _target(model, args, dtype)
-    state = training_state(model, trainer=layout == "trainer")
+    state = training_state(model)
     report.state(state)
+    _say_schedule(report, model, state, layout)
     if layout != "trainer":
         written = write_checkpoint(folder, state, target, universal=layout == "universal")
         report.say("not carried", "order of data, random numbers, what the program that trains keeps itself")
@@ -47,8 +50,10 @@ def to_deepspeed(folder: Path, model: Model, args: argparse.Namespace, report: R
     trainer_state = _trainer_state(model, state)
     written = write_trainer_checkpoint(folder, state, target, trainer_state, beside=_exporting(model, dtype))
     report.say("not carried", "random numbers; order of data: the Trainer skips the rows of its own that are done")
-    if follows_deepspeeds_schedule(model):
-        report.say("mind", "the schedule was the engine's own: give ds_config the same, or the Trainer one like it")
+    if saved and saved.trainer_state and saved.global_steps != state.global_step:
+        report.say("not carried", f"what else trainer_state.json has of the steps after {saved.global_steps}: {_KEPT}")
+        if "epoch" not in trainer_state:
+            report.say("not carried", "the epoch, which an older checkpoint of a run here does not say")
     return f"{written} ({_kind(target, layout)})"
 
 
@@ -65,6 +70,7 @@ def from_one_to_another(source: Path, folder: Path, args: argparse.Namespace, re
         target = dataclasses.replace(target, dtype=_DTYPES[args.dtype])
     layout = args.layout or ("engine" if opened.trainer_state is None else "trainer")
     report.state(state)
+    report.say("schedule", place_of(state.scheduler, layout, opened.ds_config))
     left = list(opened.not_carried)
     if layout != "trainer":
         written = write_checkpoint(folder, state, target, universal=layout == "universal")
@@ -100,6 +106,18 @@ def _target(model: Model, args: argparse.Namespace, dtype: str) -> Target:
     return Target(stage=args.zero_stage, world_size=args.world_size, dtype=_DTYPES[dtype], clip_grad=clip)
 
 
+def _say_schedule(report: Report, model: Model, state: TrainingState, layout: str) -> None:
+    """Adds where the schedule is written, and what of it the steps done here have not moved."""
+    saved = saved_in(model.metadata)
+    ds_config = saved.ds_config if saved else {}
+    if saved and saved.step == state.adam_step:
+        report.say("schedule", place_of(state.scheduler, layout, ds_config))
+        return
+    report.say("schedule", place_of(state.scheduler, layout, ds_config, settings(model)))
+    if left := left_as_saved(state.scheduler):
+        report.say("not carried", f"of the schedule, which has it as it was saved: {', '.join(left)}")
+
+
 def _trainer_state(model: Model, state: TrainingState) -> dict[str, Any]:
     """trainer_state.json's content: the Trainer's own where the run began with one, brought up to date; else what a
     Trainer needs to find."""
@@ -111,6 +129,13 @@ def _trainer_state(model: Model, state: TrainingState) -> dict[str, Any]:
         advice = "give --layout engine, or convert a checkpoint that a run has saved"
         raise need("layout", "engine or universal for a checkpoint without batch sizes", "trainer", advice)
     _, num_steps = settings(model)
+    kept = {key: value for key, value in kept.items() if key != "epoch"}
+    # A Trainer that does not count them has 0.
+    if kept.get("num_input_tokens_seen"):
+        kept["num_input_tokens_seen"] = model.metadata["num_tokens"]
+    # Older checkpoints do not say it; the Trainer computes it anew at its first step.
+    if "num_steps_per_epoch" in model.metadata:
+        kept["epoch"] = state.global_step / model.metadata["num_steps_per_epoch"]
     return {
         "log_history": [],
         **kept,

@@ -80,7 +80,7 @@ class Report:
     def state(self, state: TrainingState) -> None:
         """The lines about a training state that is written."""
         self._size(state.shapes.values(), len(KINDS))
-        self._run(state.groups, state.global_step, state.adam_step, state.skipped_steps)
+        self._run(state.groups, state.global_step, state.adam_step, state.skipped_steps, state.global_samples)
 
     def source(self, model: Model, to: str) -> None:
         """The lines about a DeepSpeed checkpoint that becomes one of ours, or a model."""
@@ -93,7 +93,9 @@ class Report:
             self.say("not carried", ", ".join(("moments, steps, settings, schedule", *model.left_behind)))
             return
         has_settings = all(group.settings for group in saved.groups)
-        self._run(groups_of(saved) if has_settings else (), saved.global_steps, saved.step, saved.skipped_steps)
+        groups = groups_of(saved) if has_settings else ()
+        self._run(groups, saved.global_steps, saved.step, saved.skipped_steps, saved.global_samples)
+        self.say("schedule", "none in the checkpoint" if saved.scheduler is None else "its place, for the way back")
         self.say("not carried", ", ".join(("order of data", *model.left_behind)))
 
     def _size(self, shapes: Collection[tuple[int, ...]], kinds: int) -> None:
@@ -102,11 +104,12 @@ class Report:
         size = f"{numel:,} elements, {4 * kinds * numel / 1e6:.1f} MB of float32 weights{with_moments}"
         self.say("parameters", f"{len(shapes)} of {size}")
 
-    def _run(self, groups: Sequence[ParamGroup], step: int, adam_step: int, skipped: int) -> None:
+    def _run(self, groups: Sequence[ParamGroup], step: int, adam_step: int, skipped: int, samples: int | None) -> None:
         for group in groups:
             self.say("group", _describe(group))
-        self.say("step", f"{step} updates; Adam has counted {adam_step}, {skipped} were skipped")
-        self.say("carried", "weights, both moments, steps, settings of AdamW, place of the schedule")
+        rows = "an unknown number of rows" if samples is None else f"{samples} rows"
+        self.say("step", f"{step} updates on {rows}; Adam has counted {adam_step}, {skipped} were skipped")
+        self.say("carried", "weights, both moments, steps, settings of AdamW")
 
     def _counting(self, leaf: LazyArray) -> Callable[[], np.ndarray]:
         def load() -> np.ndarray:

@@ -13,8 +13,9 @@ import numpy as np
 
 from r1jax.checkpoints.lazy import loaded
 from r1jax.config.errors import need
-from r1jax.config.optimizer import DEEPSPEED_SCHEDULES, OptimizerConfig
+from r1jax.config.optimizer import OptimizerConfig
 from r1jax.convert.model import Model
+from r1jax.convert.schedule import schedule_after
 from r1jax.deepspeed.checkpoint_state import groups_of
 from r1jax.deepspeed.training_state import ParamGroup, TrainingState
 from r1jax.deepspeed.zero_layout import Kind
@@ -23,10 +24,11 @@ from r1jax.models.hf_tensors import hf_tensors, leaf_at, tensors_of
 from r1jax.optimizer import make_schedule
 from r1jax.training.carried import is_small
 from r1jax.training.deepspeed import PLACES, saved_in
+from r1jax.training.order import SPLIT, StepSplit
 
 
-def training_state(model: Model, *, trainer: bool) -> TrainingState:
-    """The model's state; trainer: with the schedule as transformers keeps it, else as the engine does.
+def training_state(model: Model) -> TrainingState:
+    """The model's state.
 
     Raises `UserError` where the source has no float32 moments, or does not say its optimizer's settings.
     """
@@ -46,7 +48,8 @@ def training_state(model: Model, *, trainer: bool) -> TrainingState:
         adam_step=count,
         global_step=step,
         skipped_steps=saved.skipped_steps if saved else 0,
-        scheduler=_scheduler(model, groups, count, trainer),
+        global_samples=_samples(model, step),
+        scheduler=schedule_after(saved, count, groups, model.metadata.get("optimizer", {}).get("lr_scheduler_type")),
     )
 
 
@@ -97,29 +100,15 @@ def settings(model: Model) -> tuple[OptimizerConfig, int]:
     return OptimizerConfig(**model.metadata["optimizer"]), int(model.metadata["num_steps"])
 
 
-def _scheduler(model: Model, groups: tuple[ParamGroup, ...], count: int, trainer: bool) -> dict[str, Any]:
-    """The state of the schedule after `count` updates: of transformers' LambdaLR, or of DeepSpeed's schedules."""
-    saved = saved_in(model.metadata)
-    kept = saved.scheduler if saved and saved.step == count else None
-    if kept and kept.origin == ("scheduler.pt" if trainer else "model_states"):
-        return kept.state
-    if not trainer:
-        return {"last_batch_iteration": count - 1}
-    return {
-        "base_lrs": [group.lr if group.initial_lr is None else group.initial_lr for group in groups],
-        "last_epoch": count,
-        "_step_count": count + 1,
-        "_is_initial": False,
-        "_get_lr_called_within_step": False,
-        "_last_lr": [group.lr for group in groups],
-        # The schedules' functions keep nothing of their own.
-        "lr_lambdas": [{} for _ in groups],
-    }
+def _samples(model: Model, step: int) -> int | None:
+    """Rows trained on up to the step, each step's as DeepSpeed counts them: the whole batch, a packed row as one.
 
-
-def follows_deepspeeds_schedule(model: Model) -> bool:
-    """Whether the learning rate follows one of DeepSpeed's own schedules, which its engine keeps."""
+    None where the DeepSpeed run did not count them, or nothing tells the rows of a step.
+    """
     saved = saved_in(model.metadata)
-    if saved and saved.scheduler:
-        return saved.scheduler.origin == "model_states"
-    return model.metadata.get("optimizer", {}).get("lr_scheduler_type") in DEEPSPEED_SCHEDULES
+    before, steps = (saved.global_samples, saved.global_steps) if saved else (0, 0)
+    if step == steps or before is None:
+        return before
+    if SPLIT not in model.metadata:
+        return None
+    return before + (step - steps) * StepSplit(**model.metadata[SPLIT]).rows_per_step

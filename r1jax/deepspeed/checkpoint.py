@@ -18,13 +18,12 @@ from r1jax.deepspeed.folders import TRAINER_STATE, CheckpointFiles, find_checkpo
 from r1jax.deepspeed.model_states import ONE_SAVE, ModelStates, read_model_states, refuse_other_save
 from r1jax.deepspeed.optimizer_states import AdamSettings
 from r1jax.deepspeed.pickles import Refused
-from r1jax.deepspeed.saved import ParameterGroup, Saved, Scheduler
+from r1jax.deepspeed.saved import MODEL_STATES, SCHEDULER_FILE, ParameterGroup, Saved, Scheduler
 from r1jax.deepspeed.torch_file import load, reading
 from r1jax.deepspeed.universal_reader import read_universal
 from r1jax.deepspeed.zero_layout import KINDS
 from r1jax.deepspeed.zero_reader import Source, Stretch, frozen_stretches, read_zero
 
-SCHEDULER = "scheduler.pt"
 _MAX_JSON = 1 << 26
 # Elements copied at a time: what is mapped counts as this process's memory while it is.
 _MAPPED_ELEMENTS = 1 << 24
@@ -97,6 +96,7 @@ def open_checkpoint(path: Path) -> ZeroCheckpoint:
         step=settings.step,
         global_steps=model.global_steps,
         skipped_steps=model.skipped_steps,
+        global_samples=model.global_samples,
         scheduler=_scheduler(files, model),
         trainer_state=_trainer_state(files, model.global_steps),
         ds_config=model.ds_config,
@@ -126,12 +126,12 @@ def _groups(model: ModelStates, settings: AdamSettings) -> tuple[ParameterGroup,
 
 def _scheduler(files: CheckpointFiles, model: ModelStates) -> Scheduler | None:
     if model.scheduler is not None:
-        return Scheduler("model_states", model.scheduler)
-    path = files.trainer / SCHEDULER if files.trainer else None
+        return Scheduler(MODEL_STATES, model.scheduler)
+    path = files.trainer / SCHEDULER_FILE if files.trainer else None
     if path is None or not path.is_file():
         return None
     with reading(path, "a learning-rate scheduler's state"):
-        return Scheduler(SCHEDULER, plain(of_kind(load(path), "content", dict), "the scheduler"))
+        return Scheduler(SCHEDULER_FILE, plain(of_kind(load(path), "content", dict), "the scheduler"))
 
 
 def _trainer_state(files: CheckpointFiles, global_steps: int) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ def state_of(opened: ZeroCheckpoint) -> TrainingState:
     """The whole state, each tensor read when it is asked for.
 
     Raises `UserError` for one that no engine would go on from as it was: with frozen parameters, without the groups'
-    settings, with amsgrad. The schedule's state is as it was saved: `opened.scheduler.origin` says for whom.
+    settings, with amsgrad. The schedule is as it was saved.
     """
     frozen = opened.frozen
     advice = f"{_WEIGHTS}, and with them the run can begin anew"
@@ -46,7 +46,8 @@ def state_of(opened: ZeroCheckpoint) -> TrainingState:
         adam_step=opened.step,
         global_step=opened.global_steps,
         skipped_steps=opened.skipped_steps,
-        scheduler=None if opened.scheduler is None else opened.scheduler.state,
+        global_samples=opened.global_samples,
+        scheduler=opened.scheduler,
     )
 
 

@@ -42,6 +42,8 @@ class ModelStates:
     """The model's dtype as numpy names it."""
     global_steps: int
     skipped_steps: int
+    global_samples: int | None
+    """None where the files do not say it."""
     scheduler: dict[str, Any] | None
     ds_config: dict[str, Any]
     not_carried: tuple[str, ...]
@@ -92,6 +94,7 @@ def _parse(content: dict[Any, Any], dtype: str | None) -> ModelStates:
         dtype=dtype or _dtype(module, set(held)),
         global_steps=count(content, "global_steps"),
         skipped_steps=count(content, "skipped_steps", 0),
+        global_samples=count(content, "global_samples") if "global_samples" in content else None,
         scheduler=None if scheduler is None else plain(of_kind(scheduler, "lr_scheduler", dict), "lr_scheduler"),
         ds_config=plain(of_kind(content.get("ds_config") or {}, "ds_config", dict), "ds_config"),
         not_carried=_not_carried(content),

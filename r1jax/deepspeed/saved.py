@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+MODEL_STATES, SCHEDULER_FILE = "model_states", "scheduler.pt"
+"""Where a checkpoint has its schedule: the engine's own, under lr_scheduler, or the Trainer's, in a file of its own."""
+
 
 class ParameterGroup(NamedTuple):
     """A group of the optimizer."""
@@ -20,7 +23,7 @@ class Scheduler(NamedTuple):
     """A learning-rate scheduler's state."""
 
     origin: str
-    """"model_states" for DeepSpeed's own, "scheduler.pt" for the one that the Trainer keeps."""
+    """MODEL_STATES where the engine keeps it, SCHEDULER_FILE where the Trainer does."""
     state: dict[str, Any]
 
 
@@ -45,6 +48,8 @@ class Saved:
     global_steps: int
     skipped_steps: int
     """Steps without an update, for overflow under fp16."""
+    global_samples: int | None = None
+    """Rows trained on; None where the checkpoint does not say it."""
     scheduler: Scheduler | None
     trainer_state: dict[str, Any] | None
     """trainer_state.json's content: global_step, epoch, ..."""
@@ -59,7 +64,7 @@ class Saved:
 
 
 def from_json(values: Mapping[str, Any]) -> Saved:
-    """What was made by `as_json`."""
+    """What was made by `as_json`; earlier versions of it had no global_samples."""
     groups = tuple(ParameterGroup(dict(group["settings"]), tuple(group["names"])) for group in values["groups"])
     scheduler = None if values["scheduler"] is None else Scheduler(**values["scheduler"])
     others = {"folder": Path(values["folder"]), "frozen": tuple(values["frozen"])}

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from r1jax.config.errors import at_least, require
+from r1jax.deepspeed.saved import Scheduler
 from r1jax.deepspeed.zero_layout import KINDS, SUB_GROUP_SIZE, Kind, Layout, make_layout
 
 
@@ -50,8 +51,8 @@ class TrainingState:
     skipped_steps: int = 0
     global_samples: int | None = None
     """None lets DeepSpeed multiply the steps by the batch size."""
-    scheduler: Mapping[str, Any] | None = None
-    """The state of the learning rate's schedule, as the program that will load it writes it."""
+    scheduler: Scheduler | None = None
+    """The learning rate's schedule, as the program that will load it writes it, and the place where that looks."""
 
     def for_each_tensor(self, use: Callable[[str, Kind, np.ndarray], None]) -> None:
         """Calls `use` with what `tensors` gives, held against what it has to give."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.config.errors import need
+from r1jax.deepspeed.saved import SCHEDULER_FILE
 from r1jax.deepspeed.torch_writer import save
 from r1jax.deepspeed.training_state import Target, TrainingState
 from r1jax.deepspeed.universal_writer import write_universal
@@ -23,7 +24,10 @@ _TRAINER_KEYS = ("train_batch_size", "logging_steps", "save_steps")
 
 
 def write_checkpoint(folder: Path, source: TrainingState, target: Target, *, universal: bool = False) -> Path:
-    """The checkpoint's folder in the one that DeepSpeed's load_checkpoint gets, where `latest` names it then."""
+    """The checkpoint's folder in the one that DeepSpeed's load_checkpoint gets, where `latest` names it then.
+
+    Any schedule is in model_states: an engine saves and loads there the one that it was given, too.
+    """
     name = f"global_step{source.global_step}" + ("_universal" if universal else "")
     with _staged(folder / name) as staging:
         if universal:
@@ -44,10 +48,11 @@ def write_trainer_checkpoint(
 ) -> Path:
     """The folder checkpoint-N from which transformers' Trainer resumes, in the one that is its output_dir.
 
-    `trainer_state` becomes trainer_state.json, with the step; `beside` puts more into the folder before it has its name
-    (config.json, weights, tokenizer). The Trainer resumes without the states of random numbers and the training's
-    arguments, with other random numbers (dropout). Raises UserError, before anything is written, for
-    a state without what the Trainer takes from there.
+    The schedule is where it was: the engine's own in model_states, which the Trainer leaves to it, the Trainer's in
+    scheduler.pt. `trainer_state` becomes trainer_state.json, with the step; `beside` puts more into the folder before
+    it has its name (config.json, weights, tokenizer). The Trainer resumes without the states of random numbers and the
+    training's arguments, with other random numbers (dropout). Raises UserError, before anything is written, for a state
+    without what the Trainer takes from there.
     """
     name = f"global_step{source.global_step}"
     missing = [key for key in _TRAINER_KEYS if key not in trainer_state]
@@ -60,10 +65,11 @@ def write_trainer_checkpoint(
         if beside is not None:
             beside(staging)
         (staging / name).mkdir()
-        # The Trainer keeps its schedule itself, in a file of its own.
-        write_zero(staging / name, source, target, scheduler=False)
-        if source.scheduler is not None:
-            save(staging / "scheduler.pt", dict(source.scheduler))
+        schedule = source.scheduler
+        trainers = schedule if schedule is not None and schedule.origin == SCHEDULER_FILE else None
+        write_zero(staging / name, source, target, scheduler=trainers is None)
+        if trainers is not None:
+            save(staging / SCHEDULER_FILE, trainers.state)
         text = json.dumps(state, indent=2, sort_keys=True) + "\n"
         (staging / "trainer_state.json").write_text(text, encoding="utf-8")
         (staging / "latest").write_text(name, encoding="utf-8")

@@ -31,7 +31,10 @@ def model_states(
     rank: int = 0,
     scheduler: bool,
 ) -> dict[str, Any]:
-    """The value of a model_states.pt; `scheduler` says whether the schedule's state is in it."""
+    """The value of a model_states.pt; `scheduler` says whether the schedule's state is in it.
+
+    An engine with a schedule does not load None for it.
+    """
     # Up to stage 1 the two are None whether or not anything is frozen.
     frozen = None if target.stage == 1 else OrderedDict()
     samples = {} if source.global_samples is None else {"global_samples": source.global_samples}
@@ -44,7 +47,7 @@ def model_states(
         # Only the first process knows of them.
         "shared_params": dict(source.tied) if rank == 0 else {},
         "frozen_param_fragments": frozen,
-        "lr_scheduler": dict(source.scheduler) if scheduler and source.scheduler is not None else None,
+        "lr_scheduler": source.scheduler.state if scheduler and source.scheduler is not None else None,
         "data_sampler": None,
         "random_ltd": None,
         "skipped_steps": source.skipped_steps,

@@ -81,5 +81,6 @@ def begin_writing(
         best=best_so_far(config, opening.start, opening.checkpoints),
         publisher=opening.publisher,
         num_steps=plan.num_steps,
+        num_steps_per_epoch=plan.num_steps_per_epoch,
         handed_on={**(adapter or {}), **opening.handed_on},
     )

@@ -96,6 +96,7 @@ class Keeper:
     publisher: Publisher
     num_steps: int
     """Of the whole run: the learning rate follows from it."""
+    num_steps_per_epoch: int
     beside: Beside = nothing_beside
     handed_on: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     """What else every checkpoint says: of an adapter, of a DeepSpeed run that this one goes on from."""
@@ -167,6 +168,7 @@ class Keeper:
             # What a conversion into another program's checkpoint needs of the recipe.
             "optimizer": dataclasses.asdict(config.optimizer),
             "num_steps": self.num_steps,
+            "num_steps_per_epoch": self.num_steps_per_epoch,
             "logging_steps": config.reporting.logging_steps,
             "save_steps": config.checkpoint.save_steps,
         }

@@ -104,7 +104,7 @@ def outline(value: Any) -> Any:
     if isinstance(value, FileTensor):
         return value.shape, value.storage.dtype
     if isinstance(value, dict):
-        return {key: outline(each) for key, each in value.items() if key not in ("global_samples", "loss_scaler")}
+        return {key: outline(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [outline(each) for each in value]
     return value if isinstance(value, str | int | float | bool | None) else type(value).__name__

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from r1jax.deepspeed.saved import Scheduler
 from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
 from r1jax.deepspeed.writer import write_checkpoint
 from r1jax.deepspeed.zero_layout import KINDS, Kind
@@ -56,7 +57,7 @@ def make_source(*, tied: bool, **changes: Any) -> TrainingState:
         "adam_step": 7,
         "global_step": 9,
         "skipped_steps": 2,
-        "scheduler": {"last_batch_iteration": 8},
+        "scheduler": Scheduler("model_states", {"last_batch_iteration": 8}),
     }
     return TrainingState(**(fields | changes))
 

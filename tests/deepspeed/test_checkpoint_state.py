@@ -43,8 +43,6 @@ def test_the_same_layout_gives_the_engines_own_files(assets: Path, tmp_path: Pat
     for ours, theirs in zip(optimizer_files(folder, target), saved, strict=True):
         same(ours, theirs, name)
     for ours, theirs in zip(model_files(folder, target), model_files(opened.folder, target), strict=True):
-        # DeepSpeed multiplies again when the samples are not there.
-        assert theirs.pop("global_samples") > 0
         same(ours, theirs, name)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from r1jax.config.errors import UserError
 from r1jax.deepspeed import torch_writer
+from r1jax.deepspeed.saved import Scheduler
 from r1jax.deepspeed.training_state import ParamGroup, Target, TrainingState
 from r1jax.deepspeed.writer import write_checkpoint, write_trainer_checkpoint
 from r1jax.deepspeed.zero_layout import KINDS, Kind
@@ -240,7 +241,7 @@ def test_the_trainers_folder_has_its_own_files(tmp_path: Path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    schedule = {"base_lrs": [0.1, 0.1], "last_epoch": 9, "lr_lambdas": [{}, {}]}
+    schedule = Scheduler("scheduler.pt", {"base_lrs": [0.1, 0.1], "last_epoch": 9, "lr_lambdas": [{}, {}]})
     source, target = make_source(tied=True, scheduler=schedule), Target(stage=3, world_size=2, dtype="bf16")
     state = {"epoch": 0.5, "train_batch_size": 4, "logging_steps": 1, "save_steps": 3}
     folder = write_trainer_checkpoint(
@@ -256,8 +257,17 @@ def test_the_trainers_folder_has_its_own_files(tmp_path: Path):
     }
     assert (folder / "latest").read_text() == "global_step9"
     assert json.loads((folder / "trainer_state.json").read_text()) == state | {"global_step": 9}
-    assert torch.load(folder / "scheduler.pt", weights_only=True) == schedule
+    assert torch.load(folder / "scheduler.pt", weights_only=True) == schedule.state
     assert model_files(folder / "global_step9", target)[0]["lr_scheduler"] is None
+
+
+def test_the_engines_schedule_stays_the_engines_in_the_trainers_folder(tmp_path: Path):
+    """transformers writes no scheduler.pt then, and an engine with a schedule of its own loads no None."""
+    state = {"epoch": 0.5, "train_batch_size": 4, "logging_steps": 1, "save_steps": 3}
+    target = Target(stage=2, world_size=2, dtype="bf16")
+    folder = write_trainer_checkpoint(tmp_path, make_source(tied=True), target, state)
+    assert not (folder / "scheduler.pt").exists()
+    assert model_files(folder / "global_step9", target)[0]["lr_scheduler"] == {"last_batch_iteration": 8}
 
 
 def test_a_trainers_state_without_its_steps_is_refused(tmp_path: Path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from r1jax.deepspeed.saved import Scheduler
 from r1jax.deepspeed.training_state import ParamGroup, TrainingState
 from r1jax.deepspeed.zero_layout import KINDS
 from tests.real_deepspeed.launch import Results, run_cases
@@ -41,7 +42,7 @@ class Reference:
             adam_step=facts["global_steps"],
             global_step=facts["global_steps"],
             global_samples=facts["global_samples"],
-            scheduler=facts["scheduler"],
+            scheduler=Scheduler("model_states", facts["scheduler"]),
         )
 
 

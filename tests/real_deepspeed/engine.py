@@ -10,13 +10,20 @@ import os
 import runpy
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
-from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+)
 
 # By name: it is not installed where types are checked.
 deepspeed = importlib.import_module("deepspeed")
@@ -74,29 +81,36 @@ def make_engine(case: dict[str, Any], seed: int) -> Any:
     config = SETTINGS | {
         "zero_optimization": zero,
         "bf16": {"enabled": case["dtype"] == "bf16"},
-        "scheduler": SCHEDULER,
+        **({} if case.get("client_scheduler") else {"scheduler": SCHEDULER}),
         "checkpoint": {"load_universal": bool(case.get("universal"))},
         **case.get("settings", {}),
     }
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    client = partial(cosine, num_steps=case["client_scheduler"]) if case.get("client_scheduler") else None
+    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=client, config=config)[0]
 
 
-def run_steps(engine: Any, start: int) -> list[float]:
-    """The mean loss of all ranks before each of the next steps."""
+def cosine(optimizer: torch.optim.Optimizer, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """What the Trainer below makes of its arguments."""
+    return get_cosine_schedule_with_warmup(optimizer, 2, num_steps)
+
+
+def run_steps(engine: Any, start: int) -> tuple[list[float], list[float]]:
+    """The mean loss of all ranks before each of the next steps, and the learning rate of that step."""
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    share, losses = NUM_SEQUENCES // num_ranks, []
+    share, losses, rates = NUM_SEQUENCES // num_ranks, [], []
     for step in range(start, start + STEPS):
         generator = torch.Generator().manual_seed(1000 + step % 2)
         tokens = torch.randint(3, VOCABULARY, (NUM_SEQUENCES, NUM_TOKENS), generator=generator)
         own = tokens[rank * share : (rank + 1) * share]
         loss = engine(input_ids=own, labels=own).loss
         engine.backward(loss)
+        rates.append(engine.optimizer.param_groups[0]["lr"])
         engine.step()
         total = torch.tensor([loss.item()], dtype=torch.float64)
         torch.distributed.all_reduce(total)
         losses.append(total.item() / num_ranks)
-    return losses
+    return losses, rates
 
 
 def state_of(engine: Any) -> dict[str, np.ndarray]:
@@ -156,7 +170,7 @@ def train(case: dict[str, Any]) -> None:
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
     }
-    results["losses"] = run_steps(engine, STEPS)
+    results["losses"], results["rates"] = run_steps(engine, STEPS)
     write_results(folder, arrays, results)
     engine.destroy()
 
@@ -168,7 +182,8 @@ def resume(case: dict[str, Any]) -> None:
     assert path is not None
     arrays = state_of(engine)
     results = {"groups": groups_of(engine), "global_steps": engine.global_steps, "skipped": engine.skipped_steps}
-    results["losses"] = run_steps(engine, engine.global_steps)
+    results["global_samples"] = engine.global_samples
+    results["losses"], results["rates"] = run_steps(engine, engine.global_steps)
     write_results(Path(case["folder"]), arrays, results)
     engine.destroy()
 
@@ -234,6 +249,7 @@ def use_trainer(case: dict[str, Any]) -> None:
         "zero_force_ds_cpu_optimizer": False,
         "train_batch_size": NUM_SEQUENCES,
         "train_micro_batch_size_per_gpu": NUM_SEQUENCES // int(os.environ["WORLD_SIZE"]),
+        **case.get("settings", {}),
     }
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),

@@ -21,6 +21,16 @@ pytestmark = pytest.mark.deepspeed
 
 # A loss of float32 in another order of summing.
 TOLERANCE = 2e-6
+DECAY = {
+    "type": "WarmupDecayLR",
+    "params": {
+        "warmup_min_lr": 2e-3,
+        "warmup_max_lr": 1e-2,
+        "warmup_num_steps": 2,
+        "total_num_steps": "auto",
+        "warmup_type": "linear",
+    },
+}
 
 
 def test_the_trainer_goes_on(tmp_path: Path):
@@ -50,12 +60,15 @@ def test_the_trainer_goes_on(tmp_path: Path):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE, err_msg=key)
 
 
-def test_there_and_back(tmp_path: Path):
+@pytest.mark.parametrize("keeper", ["the Trainer", "the engine"])
+def test_there_and_back(tmp_path: Path, keeper: str):
     """Three steps of the Trainer with ZeRO 2, three of r1jax, three of the Trainer with ZeRO 3: the losses of nine.
 
-    Every step is of all rows, so that no order of theirs matters.
+    Every step is of all rows, so that no order of theirs matters; keeper: of the learning rate's schedule.
     """
     case: dict[str, Any] = {"command": "trainer", "tied": True, "max_steps": 9, "num_rows": 12}
+    if keeper == "the engine":
+        case["settings"] = {"scheduler": DECAY}
     whole = run_cases(tmp_path, 2, {"whole": case | {"stage": 2}})["whole"].facts["history"]
     saved = tmp_path / "whole" / "trainer" / "checkpoint-3"
     model = write_model(tmp_path / "model")
