@@ -86,7 +86,10 @@ def test_there_and_back(tmp_path: Path, keeper: str):
     lines = [json.loads(line) for line in (tmp_path / "ours" / "metrics.jsonl").read_text().splitlines()]
     ours = [line for line in lines if "loss" in line]
     assert [line["step"] for line in ours] == [4, 5, 6, 7, 8, 9]
-    assert_same_losses(ours, whole[3:])
+    # An engine that keeps the schedule has taken its step when the Trainer logs: that is the next update's rate.
+    late = 1 if keeper == "the engine" else 0
+    rates = [entry["learning_rate"] for entry in whole[3 - late : 9 - late]]
+    assert_same_losses(ours, [entry | {"learning_rate": r} for entry, r in zip(whole[3:], rates, strict=True)])
     to = ["--to", "deepspeed", "--zero_stage", "3", "--world_size", "2"]
     assert convert.main([str(tmp_path / "ours" / "checkpoints" / "6"), str(tmp_path / "back"), *to]) == 0
     resumed = case | {"stage": 3, "load": str(tmp_path / "back" / "checkpoint-6")}
