@@ -47,8 +47,9 @@ format: .venv/.test
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-# These compile far more than they compute: LLVM's optimisations would be half of their time (XLA's own are on). What
-# users run is compiled by quickstart and test-real. A file's tests share models and programs, so one worker runs them.
+# These compile far more than they compute: LLVM's optimisations would be half of their time (XLA's own are on, but for
+# what tests/conftest.py switches off beside it). What users run is compiled by quickstart and test-real. A file's tests
+# share models and programs, so one worker runs them.
 PYTEST := JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
