@@ -35,14 +35,15 @@ def supported_logits(logits: Float[Array, "B V"], support: Support) -> Float[Arr
     return min_p_logits(logits, jnp.float32(support.min_p)) if support.min_p else logits
 
 
-def floor_of(logprobs: Float[Array, "B V"], support: Support) -> Float[Array, " B"]:
-    """Half-way between the least likely token that can be drawn and the likeliest that cannot; -inf where all can.
+def floor_of(logits: Float[Array, "B V"], support: Support) -> Float[Array, " B"]:
+    """Half-way between the logits of the least likely token that can be drawn and of the likeliest that cannot; -inf
+    where all can. Logits are at the temperature.
 
     Between them, so that what rounds otherwise in another program finds the same tokens above it.
     """
-    inside = jnp.isfinite(supported_logits(logprobs, support))
-    lowest = jnp.min(jnp.where(inside, logprobs, jnp.inf), axis=-1)
-    highest = jnp.max(jnp.where(inside, -jnp.inf, logprobs), axis=-1)
+    inside = jnp.isfinite(supported_logits(logits, support))
+    lowest = jnp.min(jnp.where(inside, logits, jnp.inf), axis=-1)
+    highest = jnp.max(jnp.where(inside, -jnp.inf, logits), axis=-1)
     return jnp.where(jnp.isfinite(highest), (lowest + highest) / 2, -jnp.inf)
 
 

@@ -148,7 +148,9 @@ def support_floors(
             logits = logits_of(tokens, vectors, temperature)
             if mesh is not None:
                 logits = jax.lax.all_gather(logits, "tensor", axis=1, tiled=True)
-            return floor_of(jax.nn.log_softmax(logits), support)
+            # Cut by the logits as they are: log-probabilities would be computed again for each comparison, where they
+            # may round otherwise, and the last token inside would fall out (seen in XLA's older code for CPUs).
+            return floor_of(logits, support) - jax.nn.logsumexp(logits, axis=-1)
 
         flat = hidden.reshape(-1, hidden.shape[-1])
         more = -flat.shape[0] % min(size, flat.shape[0])
