@@ -89,11 +89,11 @@ def _unmade(target: Path) -> Generator[None]:
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
         yield
-    except BaseException:
+    finally:
+        # What has succeeded has left something there, and is not touched.
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        raise
 
 
 def _check_target(args: argparse.Namespace, target: Path, *, is_hf: bool, is_run: bool, is_deepspeed: bool) -> None:

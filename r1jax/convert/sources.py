@@ -14,7 +14,7 @@ from r1jax.checkpoints import hub, peft
 from r1jax.checkpoints.hf import lazy_from, read_config
 from r1jax.checkpoints.model_card import Card
 from r1jax.checkpoints.orbax import MODEL_FILES, Checkpoints
-from r1jax.config.errors import need, renamed
+from r1jax.config.errors import need
 from r1jax.config.lora import LoraConfig
 from r1jax.convert.model import Model, on_cpu
 from r1jax.deepspeed.folders import find_checkpoint
@@ -115,8 +115,7 @@ def from_deepspeed(args: argparse.Namespace) -> Model:
 
 def _beside(path: Path) -> Path:
     """The folder with the config.json that transformers' Trainer keeps beside a DeepSpeed checkpoint."""
-    with renamed("checkpoint", "SRC"):
-        tag = find_checkpoint(path).folder
+    tag = find_checkpoint(path).folder
     for folder in (tag.absolute().parent, path, path.absolute().parent):
         if (folder / "config.json").is_file():
             return folder
