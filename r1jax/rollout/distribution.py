@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from r1jax.models.support import min_p_logits, nucleus_logits, top_k_logits
 from r1jax.rollout.settings import SamplingSettings
 
+_BLOCK = 128
+"""Tokens of a block of the vocabulary: the sizes of most vocabularies are multiples of it."""
+
 
 class Switches(NamedTuple):
     """What is compiled into the distribution."""
@@ -103,20 +106,36 @@ def sample(
 ) -> Draw:
     """Each row's token. `seen` marks the tokens of its prompt and completion, for the repetition penalty.
 
-    Token number `index` of a row is drawn with fold_in(its key, index), by the Gumbel-max trick. Greedy takes the
-    likeliest token (the first of equals) and gives log-probabilities at temperature 1: under the distribution that
-    has no other token they would always be 0.
+    Token number `index` of a row is drawn with fold_in(its key, index). Greedy takes the likeliest token (the first of
+    equals) and gives log-probabilities at temperature 1: under the distribution that has no other token they would
+    always be 0.
     """
     policy, drawn_from = _distributions(logits, amounts, on, seen)
     if on.greedy:
         tokens = jnp.argmax(drawn_from, axis=-1)
+        logprobs = _logprobs(drawn_from, tokens)
     else:
-        vocabulary = logits.shape[-1]
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, index), (vocabulary,)))(keys)
-        tokens = jnp.argmax(drawn_from + noise, axis=-1)
-    logprobs = _logprobs(drawn_from, tokens)
+        tokens, logprobs = _drawn(drawn_from, jax.vmap(jax.random.fold_in, (0, None))(keys, index))
     policy_logprobs = logprobs if drawn_from is policy else _logprobs(policy, tokens)
     return Draw(tokens.astype(jnp.int32), logprobs, policy_logprobs)
+
+
+def _drawn(logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """A token of each row's softmax and its log-probability, by the Gumbel-max trick (Maddison et al. 2014) in two
+    stages: a block of the vocabulary by its probability, then a token of the block.
+
+    Noise for every token of a large vocabulary costs many times what reading its logits does.
+    """
+    blocks = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _BLOCK)), constant_values=-jnp.inf)
+    blocks = blocks.reshape(logits.shape[0], -1, _BLOCK)
+    weights = jax.nn.logsumexp(blocks, axis=-1)
+    number = weights.shape[1]
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (number + _BLOCK,)))(keys)
+    block = jnp.argmax(weights + noise[:, :number], axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    column = jnp.argmax(inside + noise[:, number:], axis=-1)
+    chosen = jnp.take_along_axis(inside, column[:, None], axis=-1)[:, 0]
+    return block * _BLOCK + column, chosen - jax.nn.logsumexp(weights, axis=-1)
 
 
 def _distributions(
