@@ -5,6 +5,7 @@ logits processor of that name does: repetition_penalty, temperature, top_k, top_
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -126,16 +127,16 @@ def _drawn(logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> tuple[Int[Arr
 
     Noise for every token of a large vocabulary costs many times what reading its logits does.
     """
-    blocks = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _BLOCK)), constant_values=-jnp.inf)
-    blocks = blocks.reshape(logits.shape[0], -1, _BLOCK)
-    weights = jax.nn.logsumexp(blocks, axis=-1)
-    number = weights.shape[1]
+    padded = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _BLOCK)), constant_values=-jnp.inf)
+    highest = jnp.max(padded, axis=-1, keepdims=True)
+    sums = jnp.sum(jnp.exp(padded - highest).reshape(len(logits), -1, _BLOCK), axis=-1)
+    number = sums.shape[1]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (number + _BLOCK,)))(keys)
-    block = jnp.argmax(weights + noise[:, :number], axis=-1)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    block = jnp.argmax(jnp.log(sums) + noise[:, :number], axis=-1)
+    inside = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=_BLOCK))(padded, block * _BLOCK)
     column = jnp.argmax(inside + noise[:, number:], axis=-1)
     chosen = jnp.take_along_axis(inside, column[:, None], axis=-1)[:, 0]
-    return block * _BLOCK + column, chosen - jax.nn.logsumexp(weights, axis=-1)
+    return block * _BLOCK + column, chosen - highest[:, 0] - jnp.log(jnp.sum(sums, axis=-1))
 
 
 def _distributions(
