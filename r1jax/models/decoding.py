@@ -128,8 +128,10 @@ def _through_layers(
     normed = partial(rms_norm, eps=config.norm_eps)
     x = params["embed"]["embedding"][tokens]
     for index, layer in enumerate(params["layers"]):
-        q, k, v = heads_of(layer["attention"], normed(x, layer["input_norm"]["scale"]), rope, config)
-        attended = attention(index, q, k, v).reshape(*x.shape[:2], -1)
-        x = x + linear(layer["attention"]["o"], attended)
-        x = x + mlp(layer["mlp"], normed(x, layer["post_attention_norm"]["scale"]))
+        with jax.named_scope("attention"):
+            q, k, v = heads_of(layer["attention"], normed(x, layer["input_norm"]["scale"]), rope, config)
+            attended = attention(index, q, k, v).reshape(*x.shape[:2], -1)
+            x = x + linear(layer["attention"]["o"], attended)
+        with jax.named_scope("mlp"):
+            x = x + mlp(layer["mlp"], normed(x, layer["post_attention_norm"]["scale"]))
     return normed(x, params["final_norm"]["scale"])

@@ -121,11 +121,14 @@ def layer(
     attend: Attend = attend,
 ) -> tuple[Float[Array, "B T D"], None]:
     """The stream after one layer, and its auxiliary loss (None: dense layers have none)."""
-    normed = rms_norm(x, params["input_norm"]["scale"], config.norm_eps)
-    q, k, v = heads_of(params["attention"], normed, rope, config, drop)
-    x = x + linear(params["attention"]["o"], attend(q, k, v, layout).reshape(*x.shape[:2], -1), partial(drop, "o"))
-    normed = rms_norm(x, params["post_attention_norm"]["scale"], config.norm_eps)
-    return x + mlp(params["mlp"], normed, drop), None
+    # The names stand in profiles (docs/performance.md).
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, params["input_norm"]["scale"], config.norm_eps)
+        q, k, v = heads_of(params["attention"], normed, rope, config, drop)
+        x = x + linear(params["attention"]["o"], attend(q, k, v, layout).reshape(*x.shape[:2], -1), partial(drop, "o"))
+    with jax.named_scope("mlp"):
+        normed = rms_norm(x, params["post_attention_norm"]["scale"], config.norm_eps)
+        return x + mlp(params["mlp"], normed, drop), None
 
 
 def forward(
@@ -174,6 +177,7 @@ def output_kernel(params: Params) -> Float[Array, "D V"]:
     return params["embed"]["embedding"].T
 
 
+@jax.named_scope("vocabulary")
 def logits(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """All logits at once in float32; for tests and sampling, never for a training loss."""
     kernel = output_kernel(params).astype(hidden.dtype)

@@ -151,6 +151,7 @@ def _statistics(hidden: Array, targets: Array, vocabulary: Vocabulary, level: Ar
     return _Running(highest, *jax.lax.psum(parts, vocabulary.axis))
 
 
+@jax.named_scope("vocabulary")
 def local_forward(
     hidden: Array,
     kernel: Array,
@@ -183,6 +184,7 @@ def local_forward(
     return jax.tree.map(lambda leaf: leaf.reshape(*targets.shape, *leaf.shape[1:]), (told, is_top, kept))
 
 
+@jax.named_scope("vocabulary")
 def local_gradients(
     hidden: Array,
     kernel: Array,

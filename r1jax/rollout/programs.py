@@ -163,6 +163,7 @@ def finish_slots(
     return jax.lax.while_loop(unfinished, advance, slots)
 
 
+@jax.named_scope("sampling")
 def _draw_token(slots: Slots, logits: Float[Array, "B V"], request: Request, kind: Kind) -> Slots:
     """The slots with one more token in every row that has not stopped."""
     drawn = sample(_placed(logits, kind), slots.keys, slots.step, request.amounts, kind.on, slots.seen)

@@ -116,7 +116,8 @@ def make_train_step(
         grads, value, sums = gradients(state.params, batch, key, frozen)
         # At stage 1 this cuts the summed gradients, so that each device updates its own moments only.
         grads = jax.lax.with_sharding_constraint(grads, moments)
-        params, moments_after, measured = optimizer.update(config, schedule, grads, state.optimizer, state.params)
+        with jax.named_scope("optimizer"):
+            params, moments_after, measured = optimizer.update(config, schedule, grads, state.optimizer, state.params)
         after = TrainState(params=params, optimizer=moments_after, step=state.step + 1)
         return after, {"loss": value, **measured, **sums}
 
