@@ -130,8 +130,8 @@ def _through_layers(
     for index, layer in enumerate(params["layers"]):
         with jax.named_scope("attention"):
             q, k, v = heads_of(layer["attention"], normed(x, layer["input_norm"]["scale"]), rope, config)
-            attended = attention(index, q, k, v).reshape(*x.shape[:2], -1)
-            x = x + linear(layer["attention"]["o"], attended)
+            attended = attention(index, q, k, v).reshape(q.shape)
+            x = x + linear(layer["attention"]["o"], attended, over=2)
         with jax.named_scope("mlp"):
             x = x + mlp(layer["mlp"], normed(x, layer["post_attention_norm"]["scale"]))
     return normed(x, params["final_norm"]["scale"])
