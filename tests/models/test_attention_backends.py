@@ -176,6 +176,14 @@ def test_eight_devices_equal_one(shape: tuple[int, ...], kv_heads: int):
     assert_same(results(spread_out, layout, arrays), results(blocks.attend, layout, arrays), 1e-6)
 
 
+def answer_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX's checks of what cuDNN can do find a Hopper where they would ask a GPU."""
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91_300)
+    monkeypatch.setattr(f"{module}.check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(f"{module}.is_cuda_compute_capability_equal", lambda capability: False)
+
+
 FORWARD_KERNELS = {"pallas": "pallas_call mha_forward", "splash": "pallas_call splash_mha_fwd", "cudnn": cudnn.FORWARD}
 
 
@@ -198,9 +206,7 @@ def test_remat_policies_keep_what_a_kernel_gives(
 ):
     """How often the forward kernel stands in the gradient's program: with its output and sums kept, once. cuDNN's is
     only traced, which JAX does without a GPU once it does not ask for one."""
-    module = "jax._src.cudnn.fused_attention_stablehlo"
-    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91_000)
-    monkeypatch.setattr(f"{module}.check_is_flash_attention", lambda *about: None)
+    answer_as_a_gpu(monkeypatch)
     attend = {"cudnn": cudnn.attend, **INTERPRETED}[name]
     config = DecoderConfig(
         vocab_size=16, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=64,
@@ -271,12 +277,8 @@ def test_the_gpu_kernel_lowers_for_cuda(width: int, group: int):
 @pytest.mark.parametrize(("length", "documents"), [(256, 8), (257, 8), (257, 1)])
 @pytest.mark.parametrize("group", [1, 6])
 def test_cudnn_lowers_for_cuda(group: int, length: int, documents: int, monkeypatch: pytest.MonkeyPatch):
-    """JAX's own checks pass and forward and backward become cuDNN's calls, also for odd lengths; only what a GPU would
-    be asked for is answered for it."""
-    module = "jax._src.cudnn.fused_attention_stablehlo"
-    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91_300)
-    monkeypatch.setattr(f"{module}.check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(f"{module}.is_cuda_compute_capability_equal", lambda capability: False)
+    """JAX's own checks pass and forward and backward become cuDNN's calls, also for odd lengths."""
+    answer_as_a_gpu(monkeypatch)
     layout = jax.tree.map(jnp.asarray, layout_of([[length - 7], [length]], length)).counted(documents)
     half = [jax.ShapeDtypeStruct((2, length, n, 128), jnp.bfloat16) for n in (2 * group, 2, 2, 2 * group)]
     text = results.trace(cudnn.attend, layout, half).lower(lowering_platforms=("cuda",)).as_text()
