@@ -1,7 +1,8 @@
-"""bench.gpu: its arithmetic, and that every part of it runs where there is no GPU."""
+"""bench.gpu: its arithmetic, and that every part of it runs where there is no GPU; that GPU tests are found."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -125,12 +126,31 @@ def test_the_peers_copy_is_of_the_weights_that_it_updates():
         assert found @ moved > 0.9 * np.linalg.norm(found) * np.linalg.norm(moved) > 0
 
 
+def bare(folder: Path) -> dict[str, str]:
+    """The environment of a machine that has jax and torch, and not what r1jax and its tests need beside them."""
+    for absent in ("beartype", "grain", "datasets", "tensorboardX", "math_verify", "trl"):
+        (folder / f"{absent}.py").write_text("raise ImportError('not on a GPU machine')\n")
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+def test_gpu_tests_are_found_on_a_bare_machine(tmp_path: Path):
+    """By the command in CONTRIBUTING.md, all that have the mark: they are of one file."""
+    told = (ROOT / "CONTRIBUTING.md").read_text().replace("\\\n", "")
+    words = shlex.split(next(line for line in told.splitlines() if "-m gpu" in line))
+    start = words.index(".venv/bin/python")
+    environment = bare(tmp_path) | dict(word.split("=", 1) for word in words[:start]) | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, *words[start + 1 :], "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    mark = ".".join(("pytest", "mark", "gpu"))
+    marked = [file for file in (ROOT / "tests").rglob("*.py") if mark in file.read_text()]
+    assert [ROOT / words[-1]] == marked
+
+
 @pytest.mark.slow
 def test_all_of_it_runs_on_a_cpu(tmp_path: Path):
     """Both sides of an update, of GRPO's and of a decode, and the parts; without what a GPU machine lacks."""
-    for absent in ("grain", "datasets", "tensorboardX", "math_verify", "trl"):
-        (tmp_path / f"{absent}.py").write_text("raise ImportError('not on a GPU machine')\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = bare(tmp_path)
     for words in (["--smoke"], ["--smoke", "--parts", "--case", "smoke sft"]):
         command = [sys.executable, "-m", "bench.gpu", *words]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
