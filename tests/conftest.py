@@ -22,8 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.TemporaryDirectory(prefix="r1jax-cache-")
     os.environ["R1JAX_CACHE"] = cache.name
     config.add_cleanup(cache.cleanup)
-    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and (0, 10) <= jax.__version_info__[:2] <= (0, 11):
-        # The older way to compile loops for a CPU takes half of the time, and runs of tests mostly compile. jax 0.12
+    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and (0, 10) <= jax.__version_info__ <= (0, 11, 0):
+        # The older way to compile loops for a CPU takes half of the time, and runs of tests mostly compile. jax 0.11.2
         # does not know the flag, which ends a process; those that a test starts have it too.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
