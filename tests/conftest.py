@@ -22,10 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.TemporaryDirectory(prefix="r1jax-cache-")
     os.environ["R1JAX_CACHE"] = cache.name
     config.add_cleanup(cache.cleanup)
-    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and (0, 10) <= jax.__version_info__[:2] <= (0, 11):
+    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and (0, 10) <= jax.__version_info__ <= (0, 11, 0):
         # The older way to compile loops for a CPU takes half of the time, and runs of tests mostly compile; a module in
-        # one piece saves another tenth. jaxlib 0.12 does not know the first, and what XLA does not know ends a process.
-        # Processes that a test starts have them too.
+        # one piece saves another tenth. jax 0.11.2 does not know the first, and what XLA does not know ends a process;
+        # those that a test starts have both too.
         flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))

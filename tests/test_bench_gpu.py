@@ -1,16 +1,20 @@
-"""bench.gpu: its arithmetic, and that every part of it runs where there is no GPU."""
+"""bench.gpu: its arithmetic, and that every part of it runs where there is no GPU; that GPU tests are found."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from bench.gpu import __main__ as bench_gpu
 from bench.gpu.cases import CASES, GPU, case_named, packed
 from bench.gpu.report import cells, markdown, write_table
+from bench.gpu.timing import ROUND_SECONDS, rounds
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,12 +67,90 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path):
     assert page.read_text().endswith("|\n<!-- measured: end -->\nafter\n")
 
 
+def test_a_slow_step_is_a_round(monkeypatch: pytest.MonkeyPatch):
+    """Steps of 20 s: the first with what it compiles, the second a round already. Of 0.5 s: three make a round."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def steps(first: float, others: float) -> tuple[list[int], Any]:
+        called: list[int] = []
+
+        def run(count: int) -> None:
+            now[0] += count * (others if called else first)
+            called.append(count)
+
+        return called, rounds(run, 2)
+
+    assert steps(50.0, 20.0) == ([1, 1, 1], (50.0, [20.0, 20.0]))
+    assert steps(9.0, ROUND_SECONDS / 3) == ([1, 1, 3, 3], (9.0, [0.5, 0.5]))
+
+
+def test_each_setting_counts_and_what_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One process tells a speed and ends in tears, one tells a setting that failed, one is too slow: what was told
+    before counts, and the time is that of all of them."""
+    (tmp_path / "spoken.py").write_text(
+        "import json, sys, time\n"
+        "print(json.dumps({'tokens_per_second': float(sys.argv[1])}), flush=True)\n"
+        "if sys.argv[1] == '1': sys.exit('no such kernel')\n"
+        "if sys.argv[1] == '2': print(json.dumps({'failed': 'no compiler'}), flush=True)\n"
+        "if sys.argv[1] == '3': time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(bench_gpu, "SIDE_SECONDS", 10)
+    found = bench_gpu.side("spoken", [["1"], ["0"]], cpu=True)
+    assert (found["status"], found["best"]) == ("failed: no such kernel", {"tokens_per_second": 1.0})
+    assert bench_gpu.side("spoken", [["0"], ["2"]], cpu=True)["status"] == "failed: no compiler"
+    found = bench_gpu.side("spoken", [["0"], ["3"], ["4"]], cpu=True)
+    assert found["status"] == "timed out" and found["best"] in found["all"][:2]
+
+
+def test_the_peers_copy_is_of_the_weights_that_it_updates():
+    """bfloat16 weights are the float32 ones rounded after each step, and those move as autocast's do."""
+    torch_side = pytest.importorskip("bench.gpu.torch_side")
+    case = case_named("smoke sft")
+    plain = {"attention": "sdpa", "compile": False}
+    kept = {}
+    for weights, checkpoints in (("copied", False), ("copied", True), ("autocast", False)):
+        update = torch_side.Update(case, plain | {"weights": weights, "gradient_checkpointing": checkpoints})
+        before = [leaf.detach().clone() for leaf in update._kept]
+        update.run(3)
+        kept[weights, checkpoints] = np.concatenate(
+            [(leaf.detach() - old).flatten() for leaf, old in zip(update._kept, before, strict=True)]
+        )
+        for leaf, used in zip(update._kept, update._used, strict=True):
+            assert used.dtype == (torch_side.torch.bfloat16 if weights == "copied" else leaf.dtype)
+            assert bool((used == leaf.to(used.dtype)).all())
+    moved = kept["autocast", False]
+    # AdamW's first steps have nearly the gradients' signs, some of which rounding turns.
+    for found in (kept["copied", False], kept["copied", True]):
+        assert found @ moved > 0.9 * np.linalg.norm(found) * np.linalg.norm(moved) > 0
+
+
+def bare(folder: Path) -> dict[str, str]:
+    """The environment of a machine that has jax and torch, and not what r1jax and its tests need beside them."""
+    for absent in ("beartype", "grain", "datasets", "tensorboardX", "math_verify", "trl"):
+        (folder / f"{absent}.py").write_text("raise ImportError('not on a GPU machine')\n")
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+def test_gpu_tests_are_found_on_a_bare_machine(tmp_path: Path):
+    """By the command in CONTRIBUTING.md, all that have the mark: they are of one file."""
+    told = (ROOT / "CONTRIBUTING.md").read_text().replace("\\\n", "")
+    words = shlex.split(next(line for line in told.splitlines() if "-m gpu" in line))
+    start = words.index(".venv/bin/python")
+    environment = bare(tmp_path) | dict(word.split("=", 1) for word in words[:start]) | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, *words[start + 1 :], "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    mark = ".".join(("pytest", "mark", "gpu"))
+    marked = [file for file in (ROOT / "tests").rglob("*.py") if mark in file.read_text()]
+    assert [ROOT / words[-1]] == marked
+
+
 @pytest.mark.slow
 def test_all_of_it_runs_on_a_cpu(tmp_path: Path):
     """Both sides of an update, of GRPO's and of a decode, and the parts; without what a GPU machine lacks."""
-    for absent in ("grain", "datasets", "tensorboardX", "math_verify", "trl"):
-        (tmp_path / f"{absent}.py").write_text("raise ImportError('not on a GPU machine')\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = bare(tmp_path)
     for words in (["--smoke"], ["--smoke", "--parts", "--case", "smoke sft"]):
         command = [sys.executable, "-m", "bench.gpu", *words]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

@@ -1,10 +1,11 @@
-"""r1jax's side of a case: `python -m bench.gpu.r1jax_side CASE`, a JSON line for every setting that it has measured.
+"""r1jax's side of a case: `python -m bench.gpu.r1jax_side CASE NUMBER` prints a JSON line of the case's setting NUMBER.
 
-Without grain, datasets and tensorboardX: what is used here is what trains, not what reads and logs.
+A setting a process: JAX tells the highest use of memory of a process and nothing resets it, so that a second setting
+would be told with the first one's peak. Without grain, datasets and tensorboardX: what is used here is what trains, not
+what reads and logs.
 """
 
 import dataclasses
-import gc
 import importlib.metadata
 import json
 import os
@@ -101,7 +102,7 @@ def measure_update(case: Case, setting: Setting) -> Row:
         for _ in range(count):
             held[0], metrics = compiled(held[0], batch)
             told[:] = [metrics]
-        jax.block_until_ready(held[0].step)
+        jax.block_until_ready(held)
 
     seconds = rounds(run, case.num_rounds)
     memory = compiled.memory_analysis()
@@ -118,7 +119,7 @@ def measure_update(case: Case, setting: Setting) -> Row:
 
 
 def measure_decode(case: Case, setting: Setting) -> Row:
-    """Tokens/s of drawing, prompts included; the first call compiles."""
+    """Tokens/s of drawing, prompts included."""
     params = jax.jit(lambda key: unstack(init_params(case.decoder, key), jnp.dtype(case.dtype)))(jax.random.key(0))
     sampler = Sampler(params=params, config=case.decoder, backend=backend_of(case, setting))
     rng = np.random.default_rng(0)
@@ -131,39 +132,35 @@ def measure_decode(case: Case, setting: Setting) -> Row:
                 prompts, settings, num_generations=case.rows // case.documents, batch_size=case.rows
             )  # all of them side by side
 
-    started = time.perf_counter()
-    run(1)
-    first = time.perf_counter() - started
     seconds = rounds(run, case.num_rounds)
     return {
         "tokens_per_second": case.num_tokens / seconds.median,
         "step_seconds": seconds.all,
-        "compile_seconds": first - seconds.median,
+        "compile_seconds": seconds.first - seconds.median,
         "attention": sampler.backend,
         "bytes_per_second": case.bytes_per_token_drawn * case.num_tokens / seconds.median,
     }
 
 
 def main(arguments: list[str]) -> None:
-    """Every setting of the case, until the parent has heard enough."""
+    """One setting of the case."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not get between the answers
     case = case_named(arguments[0])
+    setting = case.settings[int(arguments[1])]
     runtime.configure(case.dtype)
     jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured
     measure: Callable[[Case, Setting], Row] = measure_decode if case.kind == "decode" else measure_update
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
-    for setting in case.settings:
-        about = {"setting": dataclasses.asdict(setting), "versions": versions}
-        try:
-            found = measure(case, setting)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            found = {"out_of_memory": str(error).splitlines()[0]}
-        stats = jax.devices()[0].memory_stats() or {}
-        answers.write(json.dumps({**about, **found, "peak_memory_bytes": stats.get("peak_bytes_in_use")}) + "\n")
-        gc.collect()
+    about = {"setting": dataclasses.asdict(setting), "versions": versions}
+    try:
+        found = measure(case, setting)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = {"out_of_memory": str(error).splitlines()[0]}
+    stats = jax.devices()[0].memory_stats() or {}
+    answers.write(json.dumps({**about, **found, "peak_memory_bytes": stats.get("peak_bytes_in_use")}) + "\n")
 
 
 if __name__ == "__main__":

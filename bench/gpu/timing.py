@@ -9,9 +9,12 @@ ROUND_SECONDS = 1.5
 
 
 class Seconds(NamedTuple):
-    """Of one step, a round each."""
+    """Of one step."""
 
+    first: float
+    """The very first, with all that it compiles."""
     all: list[float]
+    """A round each."""
 
     @property
     def median(self) -> float:
@@ -20,15 +23,15 @@ class Seconds(NamedTuple):
 
 
 def rounds(run: Callable[[int], None], num_rounds: int) -> Seconds:
-    """run(count) does so many steps and returns when the device has done them. One round warms up; a step that takes
-    longer than a round is a round."""
-    run(1)
-    started = time.perf_counter()
-    run(1)
-    count = max(1, round(ROUND_SECONDS / (time.perf_counter() - started)))
-    found = []
-    for _ in range(num_rounds):
+    """run(count) does so many steps and returns when the device has done them. The first step warms up, the second says
+    how many make a round, and is one itself where that is one step."""
+
+    def seconds(count: int) -> float:
         started = time.perf_counter()
         run(count)
-        found.append((time.perf_counter() - started) / count)
-    return Seconds(found)
+        return (time.perf_counter() - started) / count
+
+    first, second = seconds(1), seconds(1)
+    count = max(1, round(ROUND_SECONDS / second))
+    found = [second] if count == 1 else []
+    return Seconds(first, found + [seconds(count) for _ in range(num_rounds - len(found))])

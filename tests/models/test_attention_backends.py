@@ -1,5 +1,6 @@
 """Every attention against the plain one: kernels of GPUs and TPUs as Pallas interprets them, cuDNN by its contract."""
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -127,7 +128,12 @@ def test_cudnn_is_told_where_documents_lie(case: str, monkeypatch: pytest.Monkey
     kernel itself has a test of its own on GPUs. What is not written must reach neither output nor gradients."""
     layout, arrays = case_of(case)
     inside = (layout.segment_ids > 0)[..., None, None]
-    entry = cudnn_by_contract(lambda leaf: jnp.where(inside, leaf, jnp.nan))
+
+    def written(leaf: jax.Array) -> jax.Array:
+        odd = ((0, 0), (0, leaf.shape[1] - inside.shape[1]), (0, 0), (0, 0))
+        return jnp.where(jnp.pad(inside, odd), leaf, jnp.nan)
+
+    entry = cudnn_by_contract(written)
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.dot_product_attention", entry)
     out, pull = jax.vjp(lambda q, k, v: cudnn.attend(q, k, v, layout), *map(jnp.asarray, arrays[:3]))
     assert not np.asarray(out)[np.asarray(layout.segment_ids) == 0].any()
@@ -170,6 +176,14 @@ def test_eight_devices_equal_one(shape: tuple[int, ...], kv_heads: int):
     assert_same(results(spread_out, layout, arrays), results(blocks.attend, layout, arrays), 1e-6)
 
 
+def answer_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX's checks of what cuDNN can do find a Hopper where they would ask a GPU."""
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91_300)
+    monkeypatch.setattr(f"{module}.check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(f"{module}.is_cuda_compute_capability_equal", lambda capability: False)
+
+
 FORWARD_KERNELS = {"pallas": "pallas_call mha_forward", "splash": "pallas_call splash_mha_fwd", "cudnn": cudnn.FORWARD}
 
 
@@ -192,9 +206,7 @@ def test_remat_policies_keep_what_a_kernel_gives(
 ):
     """How often the forward kernel stands in the gradient's program: with its output and sums kept, once. cuDNN's is
     only traced, which JAX does without a GPU once it does not ask for one."""
-    module = "jax._src.cudnn.fused_attention_stablehlo"
-    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91_000)
-    monkeypatch.setattr(f"{module}.check_is_flash_attention", lambda *about: None)
+    answer_as_a_gpu(monkeypatch)
     attend = {"cudnn": cudnn.attend, **INTERPRETED}[name]
     config = DecoderConfig(
         vocab_size=16, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=64,
@@ -240,10 +252,34 @@ def test_what_a_jax_lacks_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
     assert choose(HOPPER, "bfloat16", 128) == "xla"
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="newer jax asks for a GPU to lower for one")
-def test_the_gpu_kernel_lowers_for_cuda():
-    """Forward and backward become Triton kernels, on a machine without a GPU."""
-    layout, arrays = case_of("ratio 2, past a block")
-    half = [jnp.asarray(leaf, jnp.bfloat16) for leaf in arrays]
-    text = results.trace(pallas.attend, layout, half).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("triton") >= 3
+@contextlib.contextmanager
+def hopper() -> Iterator[None]:
+    """Programs are traced and lowered for an H200, on a machine without a GPU. Before jax 0.11 Pallas asks for none."""
+    if jax.__version_info__ < (0, 11):
+        yield
+        return
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), axis_types=(), abstract_device=device)):
+        yield
+
+
+@pytest.mark.parametrize("group", [1, 6])
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_gpu_kernel_lowers_for_cuda(width: int, group: int):
+    """Forward and backward become Triton kernels."""
+    layout = jax.tree.map(jnp.asarray, layout_of([[130, 70, 56, 1]], 257))
+    half = [jax.ShapeDtypeStruct((1, 257, n, width), jnp.bfloat16) for n in (2 * group, 2, 2, 2 * group)]
+    with hopper():
+        text = results.trace(pallas.attend, layout, half).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+@pytest.mark.parametrize(("length", "documents"), [(256, 8), (257, 8), (257, 1)])
+@pytest.mark.parametrize("group", [1, 6])
+def test_cudnn_lowers_for_cuda(group: int, length: int, documents: int, monkeypatch: pytest.MonkeyPatch):
+    """JAX's own checks pass and forward and backward become cuDNN's calls, also for odd lengths."""
+    answer_as_a_gpu(monkeypatch)
+    layout = jax.tree.map(jnp.asarray, layout_of([[length - 7], [length]], length)).counted(documents)
+    half = [jax.ShapeDtypeStruct((2, length, n, 128), jnp.bfloat16) for n in (2 * group, 2, 2, 2 * group)]
+    text = results.trace(cudnn.attend, layout, half).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 1

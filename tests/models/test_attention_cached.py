@@ -13,6 +13,7 @@ from r1jax.models.attention import filled
 from r1jax.models.attention.backends import Backend, make_cached, spread_cached
 from r1jax.models.attention.cached import Cached, cached_attention
 from tests.models.test_attention import normal
+from tests.models.test_attention_backends import hopper
 
 # Prompts, samples of each, query heads, key heads, head size, slots of a prompt, slots of a completion.
 SHAPES = {
@@ -82,9 +83,13 @@ def test_who_gets_the_kernel(backend: Backend, width: int, expected: Cached):
     assert make_cached(backend, width) is expected
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="newer jax asks for a GPU to lower for one")
-def test_the_kernel_lowers_for_cuda():
-    q, prompt, completion, lengths = arrays_of(2, 2, 4, 2, 64, 16, 1536)
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (q, prompt, completion))
-    lowered = jax.jit(filled.cached_attention).trace(*half, lengths, jnp.asarray(3)).lower(lowering_platforms=("cuda",))
-    assert "triton" in lowered.as_text()
+@pytest.mark.parametrize(
+    ("group", "width", "slots"), [(1, 64, 16), (2, 64, 96), (6, 128, 1536), (8, 128, 1024), (20, 256, 768)]
+)
+def test_the_kernel_lowers_for_cuda(group: int, width: int, slots: int):
+    q, prompt, completion, lengths = jax.eval_shape(lambda: arrays_of(2, 2, 2 * group, 2, width, 16, slots))
+    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), (q, prompt, completion))
+    with hopper():
+        traced = jax.jit(filled.cached_attention).trace(*half, lengths, jax.ShapeDtypeStruct((), jnp.int32))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 1

@@ -1,4 +1,4 @@
-"""Attention kernels on a real GPU (`JAX_PLATFORMS=cuda,cpu pytest -m gpu tests/models`), bfloat16 beside float32."""
+"""Attention kernels on a real GPU (CONTRIBUTING.md says how), bfloat16 beside float32."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,7 @@ KERNELS: dict[Backend, Attend] = {"cudnn": cudnn.attend, "pallas": pallas.attend
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize(("group", "width"), [(1, 128), (2, 64), (6, 128), (8, 64)])
 @pytest.mark.parametrize("rows", ROWS)
 def test_packed_equals_plain_attention(rows: str, group: int, width: int, name: Backend):
     """Output and gradients within 1 % of the norm: bfloat16 has 8 bits, and each side rounds its weights."""
@@ -33,7 +32,7 @@ def test_packed_equals_plain_attention(rows: str, group: int, width: int, name: 
     lengths = ROWS[rows]
     length = max(map(sum, lengths))
     layout = jax.tree.map(jnp.asarray, layout_of(lengths, length)).counted(8)
-    shapes = [(len(lengths), length, n, width) for n in (8, 8 // group, 8 // group, 8)]
+    shapes = [(len(lengths), length, n, width) for n in (2 * group, 2, 2, 2 * group)]
     arrays = [jnp.asarray(normal(shape, seed), jnp.bfloat16) for seed, shape in enumerate(shapes)]
     inside = (layout.segment_ids > 0)[..., None, None]
     arrays[3] = jnp.where(inside, arrays[3], 0)

@@ -66,6 +66,10 @@ def attend(
     inside = (layout.segment_ids > 0)[:, :, None, None]
     # On the way back these put 0 where the kernel left whatever was in memory.
     q, k, v = (jnp.where(inside, leaf, jnp.zeros((), leaf.dtype)) for leaf in (q, k, v))
+    length = q.shape[1]
+    if length % 2:
+        # JAX refuses gradients of odd lengths: it means those with a bias, and takes its empty one for one.
+        q, k, v = (jnp.pad(leaf, ((0, 0), (0, 1), (0, 0), (0, 0))) for leaf in (q, k, v))
     lengths, starts = documents(layout)
     if lengths.shape[1] == 1:
         counts, offsets = jnp.maximum(lengths[:, 0], 0), None
@@ -81,5 +85,5 @@ def attend(
         kv_offsets=offsets,
         scale=q.shape[-1] ** -0.5,
         mask_type=entry.MaskType.PADDING_CAUSAL,
-    )
+    )[:, :length]
     return jnp.where(inside, out, jnp.zeros((), out.dtype))
