@@ -21,7 +21,7 @@ def hit(world: Path) -> Path:
         world, "hit", reward_funcs=["tiny_rewards:misbehaves", "tiny_rewards:likes_w3"], max_steps=2,
         gradient_accumulation_steps=2, steps_per_generation=4, shuffle_dataset=False, log_completions=True,
         num_completions_to_print=1, reward_num_workers=2, reward_timeout=6.0, reward_memory_limit=256,
-        log_level="error",
+        log_level="error", seed=2,
     )  # fmt: skip
     assert train.main(["--config", str(config)]) == 0
     return world / "hit"
