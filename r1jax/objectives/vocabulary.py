@@ -136,8 +136,8 @@ def _statistics(hidden: Array, targets: Array, vocabulary: Vocabulary, level: Ar
         counted = fresh
         if level is not None:
             counted = fresh & ((logits >= level[:, None]) | (columns == column[:, None]))
-        first = jnp.argmax(fresh)
-        return _with_tile(found, logits, counted, jnp.where(column >= first, column, -1))
+        known = number * vocabulary.tiles.width - start  # rows that the tile before this one has, too
+        return _with_tile(found, logits, counted, jnp.where(column >= known, column, -1))
 
     nothing = jnp.zeros(targets.shape, jnp.float32)
     # Finite, so that what is nothing so far times exp(lowest - highest) is 0.
