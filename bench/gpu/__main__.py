@@ -32,7 +32,9 @@ Row = dict[str, Any]
 
 def lines_of(module: str, arguments: list[str], *, cpu: bool, seconds: float = SIDE_SECONDS) -> tuple[list[Row], str]:
     """(what the process says, a JSON object a line, how it ended: ok, timed out, or failed and its last words)."""
-    environment = os.environ | ({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if cpu else {})
+    # As much of the device as torch may take; JAX's default is three quarters.
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ
+    environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if cpu else {}
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
