@@ -194,3 +194,23 @@ def test_output_kernel_is_the_head_or_the_embedding_transposed():
     hidden = jnp.asarray([[[1.0, 2.0]]])
     np.testing.assert_array_equal(logits(tied, hidden)[0, 0], [2.0, 8.0, 14.0])
     assert logits(untied, hidden.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_linear_takes_and_gives_heads_as_it_does_their_numbers_in_a_row(adapted: bool):
+    """[B, T, 3, 4] to [B, T, 5, 2], as [B, T, 12] to [B, T, 10], bit for bit; with an adapter and its dropout."""
+    draw = np.random.default_rng(0).normal
+    sizes = {"kernel": (12, 10), "bias": (10,)} | ({"lora_a": (12, 2), "lora_b": (2, 10)} if adapted else {})
+    params = {name: jnp.asarray(draw(size=size), jnp.float32) for name, size in sizes.items()}
+    x = jnp.asarray(draw(size=(2, 7, 3, 4)), jnp.float32)
+
+    def drop(x: Any) -> Any:
+        return jnp.where(jnp.arange(x.size).reshape(x.shape) % 3 > 0, x, 0.0)
+
+    found = linear(params, x, drop, over=2, out=(-1, 2))
+    assert found.shape == (2, 7, 5, 2)
+    np.testing.assert_array_equal(found.reshape(2, 7, 10), linear(params, x.reshape(2, 7, 12), drop))
+    wanted = np.asarray(x).reshape(2, 7, 12) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
+    if adapted:
+        wanted += np.asarray(drop(x)).reshape(2, 7, 12) @ np.asarray(params["lora_a"]) @ np.asarray(params["lora_b"])
+    np.testing.assert_allclose(found.reshape(2, 7, 10), wanted, rtol=1e-4, atol=1e-5)
