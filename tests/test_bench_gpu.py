@@ -106,7 +106,8 @@ def test_each_setting_counts_and_what_fails_is_told(tmp_path: Path, monkeypatch:
 
 def test_the_peers_copy_is_of_the_weights_that_it_updates():
     """bfloat16 weights are the float32 ones rounded after each step, and those move as autocast's do."""
-    torch_side = pytest.importorskip("bench.gpu.torch_side")
+    from bench.gpu import torch_side  # here, as torch takes seconds to import
+
     case = case_named("smoke sft")
     plain = {"attention": "sdpa", "compile": False}
     kept = {}
